@@ -1,0 +1,118 @@
+"""Memory layout: where each code sits, and the shape and size of every buffer of a cache.
+
+This is the only module that knows the pack order. The reference, the operators and the
+converters all ask it, with Python ints, torch tensors or TensorIR expressions alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kivi_tvm.config import WORD_BITS, KiviConfig
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4}
+STATE_FIELDS = ("length", "packed_keys", "packed_values", "reserved")
+LENGTH, PACKED_KEYS, PACKED_VALUES = 0, 1, 2
+NO_PAGE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class PackOrder:
+    """How `codes_per_word` codes share a 32-bit word.
+
+    In order "plain", element `i` of the packed axis (channels for keys, tokens for values) is
+    in word `i // W` at bits `b * (i % W)`, low bits first, as in the authors' `new_pack.py`.
+    """
+
+    name: str
+    bits: int
+
+    @property
+    def codes_per_word(self) -> int:
+        return WORD_BITS // self.bits
+
+    @property
+    def code_mask(self) -> int:
+        return (1 << self.bits) - 1
+
+    def word(self, element: Any) -> Any:
+        """Index of the word that holds `element`."""
+        return element // self.codes_per_word
+
+    def slot(self, element: Any) -> Any:
+        """Position of `element` within its word."""
+        return element % self.codes_per_word
+
+    def element(self, word: Any, slot: Any) -> Any:
+        """The inverse of (`word`, `slot`)."""
+        return word * self.codes_per_word + slot
+
+    def shift(self, slot: Any) -> Any:
+        """Bit offset of `slot` within its word."""
+        return slot * self.bits
+
+
+def pack_order(name: str, bits: int) -> PackOrder:
+    """The pack order called `name` for codes of `bits` bits.
+
+    Raises
+    ------
+    ValueError
+        `name` is unknown.
+    """
+    if name != "plain":
+        raise ValueError(f"`pack_order` must be 'plain', got {name!r}")
+    return PackOrder(name, bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Shape and dtype of one buffer."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * DTYPE_BYTES[self.dtype]
+
+
+def page_buffers(cfg: KiviConfig, num_pages: int) -> dict[str, Buffer]:
+    """One layer's page pool (design section 3): codes, scales and zeros of `num_pages` pages."""
+    N, H_kv, D, P = num_pages, cfg.H_kv, cfg.D, cfg.P
+    W_k, W_v = WORD_BITS // cfg.key_bits, WORD_BITS // cfg.value_bits
+    key_stats = Buffer((N, H_kv, P // cfg.G_k, D), "float16")
+    value_stats = Buffer((N, H_kv, D // cfg.G_v, P), "float16")
+    return {
+        "k_code": Buffer((N, H_kv, D // W_k, P), "uint32"),
+        "k_scale": key_stats,
+        "k_zero": key_stats,
+        "v_code": Buffer((N, H_kv, P // W_v, D), "uint32"),
+        "v_scale": value_stats,
+        "v_zero": value_stats,
+    }
+
+
+def ring_buffers(cfg: KiviConfig, num_slots: int, rollback: int = 0) -> dict[str, Buffer]:
+    """One layer's full-precision windows: rings of `R + E` tokens for `num_slots` sequences."""
+    ring = Buffer((num_slots, cfg.H_kv, cfg.R + rollback, cfg.D), cfg.dtype)
+    return {"k_ring": ring, "v_ring": ring}
+
+
+def num_pages(cfg: KiviConfig, packed_tokens: int) -> int:
+    """Pages that hold `packed_tokens` tokens of one sequence."""
+    return -(-packed_tokens // cfg.P)
+
+
+def packed_keys(cfg: KiviConfig, length: int) -> int:
+    """Keys held as codes after `length` tokens: whole blocks of R (paper Algorithm 1)."""
+    return length - length % cfg.R
+
+
+def packed_values(cfg: KiviConfig, length: int) -> int:
+    """Values held as codes after `length` tokens: all but the last R (paper Algorithm 1)."""
+    return max(0, length - cfg.R)
