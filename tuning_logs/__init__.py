@@ -1,0 +1,1 @@
+"""Pruned MetaSchedule records, one directory per target. Read with `importlib.resources`."""
