@@ -1,0 +1,73 @@
+"""Imports go one way: `config` at the bottom, `cli` on top."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+import kivi_tvm
+
+PACKAGE = Path(kivi_tvm.__file__).parent
+# The modules of one line may import each other and those of the lines above.
+LAYERS = [
+    {"config", "cpu", "errors", "host", "layout"},
+    {"reference", "workloads", "targets", "ops"},
+    {"schedules"},
+    {"database"},
+    {"tune", "compile", "artifact"},
+    {"runtime"},
+    {"hf", "model_export", "tuning_logs"},
+    {"bench", "eval"},
+    {"cli"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# Who may import what from outside, at the top of a file or inside a function.
+ALLOWED = {
+    "torch": {"reference", "workloads", "runtime", "hf", "model_export", "bench", "eval", "cli"},
+    "tvm": {"targets", "ops", "schedules", "database", "tune", "compile", "cli"},
+    "tvm_ffi": {"host", "compile", "tune", "runtime"},  # meets torch in `runtime` alone
+    "transformers": {"hf"},
+}
+LINKS = ("schedules", "model_export", "tuning_logs")  # rglob does not descend into links
+FILES = sorted({p for d in ("", *LINKS) for p in (PACKAGE / d).rglob("*.py")})
+
+
+def imports(path):
+    """Yield (dotted name, at import time) of everything that a file imports."""
+    tree = ast.parse(path.read_text())
+    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node not in lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module, node not in lazy
+            yield from ((f"{node.module}.{a.name}", node not in lazy) for a in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own == "__init__":  # the public names, resolved lazily
+        return
+    assert own in RANK, f"`{own}` has no layer: add it to LAYERS"
+    for name, _ in imports(path):
+        root, _, rest = name.partition(".")
+        assert own in ALLOWED.get(root, {own}), f"{own} may not import {name}"
+        other = rest.partition(".")[0]
+        if root == "kivi_tvm" and other in RANK:
+            assert RANK[other] <= RANK[own], f"{own} imports {name}, a higher layer"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent == PACKAGE / "cli"] or FILES[:1])
+def test_cli_starts_without_heavy_imports(path):
+    eager = {name.partition(".")[0] for name, at_import in imports(path) if at_import}
+    assert not eager & {"torch", "tvm", "tvm_ffi", "transformers"}
+
+
+def test_schedules_have_one_import_root():
+    assert importlib.util.find_spec("kivi_tvm.schedules") is not None
+    assert str(PACKAGE.parent) not in sys.path
+    assert importlib.util.find_spec("schedules") is None
