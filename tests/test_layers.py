@@ -16,7 +16,7 @@ LAYERS = [
     {"reference", "workloads", "targets", "ops"},
     {"schedules"},
     {"database"},
-    {"tune", "compile", "artifact"},
+    {"tune", "compile", "artifact", "artifact_cache", "manifest"},
     {"runtime"},
     {"hf", "model_export", "tuning_logs"},
     {"bench", "eval"},

@@ -1,0 +1,60 @@
+"""The README's commands and examples, as written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def example(containing):
+    (found,) = (text for text in blocks("python") if containing in text)
+    return found
+
+
+def test_make_targets_exist():
+    named = set(re.findall(r"^make (\w+)", "".join(blocks("sh")), re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert named <= set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+
+
+def test_command_table_is_the_command_line():
+    documented = set(re.findall(r"^\| `kivi-tvm (\w+)` ", README, re.MULTILINE))
+    command = [Path(sys.executable).parent / "kivi-tvm", "--help"]
+    shown = subprocess.check_output(command, text=True)
+    (offered,) = re.findall(r"\{([\w,]+)\}", shown.partition("\n\n")[0])
+    assert documented == set(offered.split(","))
+
+
+def test_cache_example_runs(tmp_path):
+    command = [sys.executable, "-c", example("new_cache(batch_size=1")]
+    shown = subprocess.check_output(command, cwd=tmp_path, text=True)
+    assert shown.startswith("[501] ")
+    assert (tmp_path / "kivi.so").exists()
+
+
+def test_transformers_example_runs():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        vocab_size=64,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(40)[None] % 64
+    names = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+    exec(compile(example("KiviCache"), "README.md", "exec"), names)
+    assert names["out"].shape == (1, 72)
