@@ -1,0 +1,64 @@
+"""The name of a build in the cache: a digest of everything that changes the code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.manifest import FORMAT_VERSION, current_versions
+
+# Files and folders of the package from which kernels are generated.
+CODE_SOURCES = (
+    "config.py",
+    "layout.py",
+    "targets.py",
+    "compile.py",
+    "database.py",
+    "ops",
+    "schedules",
+    "tuning_logs",
+)
+
+
+def cache_name(key: KernelKey, target: Mapping[str, Any], cpu_flags: Iterable[str] = ()) -> str:
+    """A file name for everything that changes the code: "<slug>-<16 hex digits>".
+
+    Parameters
+    ----------
+    key : KernelKey
+    target : mapping
+        The target as plain JSON, "native" already resolved to a processor and its features.
+    cpu_flags : iterable of str
+        The processor flags that code will need.
+    """
+    versions = current_versions()
+    identity = {
+        "format": FORMAT_VERSION,
+        "kernel_key": key.to_dict(),
+        "target": target,
+        "cpu_flags": sorted(cpu_flags),
+        "versions": {name: versions[name] for name in ("tvm", "tvm_ffi")},
+        "sources": sources_digest(),
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return f"{key.slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@cache
+def sources_digest(root: Path | None = None) -> str:
+    """SHA-256 over the package's files from which code is generated, tuning records included."""
+    root = root or Path(__file__).parent
+    files: set[Path] = set()
+    for name in CODE_SOURCES:
+        path = root / name
+        files.update([path] if path.is_file() else path.rglob("*.py"), path.rglob("*.json"))
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()

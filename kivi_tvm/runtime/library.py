@@ -1,0 +1,143 @@
+"""Compiled libraries in this process: TVM's runtime, opened files, and the thread pool."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tvm_ffi
+
+from kivi_tvm.errors import UserError
+from kivi_tvm.host import RUNTIME_LIBRARY, available_processors, find_runtime_library
+
+Kernel = Callable[..., Any]
+
+_configured = threading.local()
+
+
+class LibraryError(UserError):
+    """A library that cannot be opened, or that lacks a function."""
+
+
+class Library:
+    """The functions of a compiled module by name: `library["attend"](q, ...)`.
+
+    Parameters
+    ----------
+    module : object
+        What `tvm_ffi.load_module` or `tvm.compile` returned; it gives functions by `[name]`.
+    origin : str
+        The file, or "in-process"; named in errors.
+    """
+
+    def __init__(self, module: Any, origin: str) -> None:
+        self.module = module
+        self.origin = origin
+        self._functions: dict[str, Kernel] = {}
+
+    def __getitem__(self, name: str) -> Kernel:
+        found = self._functions.get(name)
+        if found is None:
+            found = self._functions[name] = self._look_up(name)
+        return found
+
+    def _look_up(self, name: str) -> Kernel:
+        try:
+            function: Kernel = self.module[name]
+        except (AttributeError, KeyError) as error:
+            raise LibraryError(f"{self.origin} has no function {name!r}") from error
+        return function
+
+
+def open_library(path: Path) -> Library:
+    """Open a compiled library with tvm-ffi and TVM's runtime alone, without the compiler.
+
+    Parameters
+    ----------
+    path : Path
+        A library that `read_artifact` has checked: an unchecked one may end the process.
+
+    Raises
+    ------
+    LibraryError
+        The dynamic linker refuses the file.
+    UserError
+        TVM's runtime library is not installed.
+    """
+    load_runtime()
+    # dlopen searches its own path for a name without a slash.
+    path = Path(path).absolute()
+    try:
+        module = tvm_ffi.load_module(path)
+    except RuntimeError as error:
+        raise LibraryError(f"cannot open {path}: {error}") from error
+    return Library(module, str(path))
+
+
+@cache
+def load_runtime() -> None:
+    """Make TVM's runtime symbols visible to the libraries that are opened next.
+
+    A parallel kernel opened without them ends the process: it calls a null pointer. A runtime
+    that the process has already (`import tvm` was first) is used; two of them would register the
+    same functions twice.
+    """
+    set_thread_defaults()
+    try:
+        ctypes.CDLL(RUNTIME_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+    except OSError:
+        path = find_runtime_library()
+        try:
+            ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL)
+        except OSError as error:
+            raise LibraryError(f"cannot open TVM's runtime library: {error}") from error
+
+
+def set_thread_defaults() -> None:
+    """Set TVM's thread variables unless the user has; call before the first kernel runs.
+
+    Pinned TVM threads fight with torch's pool for the same cores (60 us became 118 us), and
+    TVM's own default is half the processors it sees.
+    """
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ.setdefault("TVM_NUM_THREADS", str(available_processors()))
+
+
+def configure_threads(n: int) -> int:
+    """Let kernels called from this Python thread use `n` threads; free when nothing changes.
+
+    TVM keeps one pool per calling thread, of a size fixed by TVM_NUM_THREADS when its first
+    kernel runs; this chooses how many of its threads work.
+
+    Parameters
+    ----------
+    n : int
+        At least 1, as `torch.get_num_threads()` gives it.
+
+    Returns
+    -------
+    int
+        Threads in use: `n`, or the size of the pool if that is smaller.
+    """
+    if getattr(_configured, "requested", None) == n:
+        return int(_configured.in_use)
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}")
+    load_runtime()
+    configure, count = _pool_functions()
+    # Mode 0: no preference for big or little cores.
+    configure(0, n)
+    _configured.in_use = int(count())
+    _configured.requested = n
+    return int(_configured.in_use)
+
+
+@cache
+def _pool_functions() -> tuple[Kernel, Kernel]:
+    get = tvm_ffi.get_global_func
+    return get("runtime.config_threadpool"), get("runtime.NumThreads")
