@@ -1,0 +1,252 @@
+"""`KiviCache`: transformers' cache interface over kivi-tvm's runtime caches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from kivi_tvm.config import KiviConfig
+from kivi_tvm.hf.layer import KiviLayer
+from kivi_tvm.hf.limits import LimitedCache
+from kivi_tvm.hf.padding import Padding, check_decode_mask, prompt_padding, same_padding
+from kivi_tvm.hf.store import Geometry, LayerStore, Step, Store
+from kivi_tvm.hf.support import (
+    ATTENTION_NAME,
+    check_config,
+    check_extend,
+    check_options,
+    is_full_attention,
+    layers_alike,
+)
+
+
+class KiviCache(LimitedCache):
+    """A KIVI cache for `model.generate(..., past_key_values=KiviCache(model.config))`.
+
+    Full-attention layers are held in 2-, 4- or 8-bit pages; sliding-window and linear layers of
+    hybrid models stay in transformers' own cache layers. The model must use the attention
+    implementation "kivi_tvm" (`model.set_attn_implementation("kivi_tvm")`).
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's configuration: only its layer types are used. Heads, head dim, dtype and
+        device come from the tensors of the first forward.
+    key_bits, value_bits, group_size, residual_length, key_group_size, value_group_size, compute
+        As in `KiviConfig`.
+    window : str
+        "kivi" (Algorithm 1) or "exact" (keys of the window stay exact after a flush).
+    max_tokens : int or None
+        Tokens per row for which memory is taken at once and beyond which a step raises; None
+        grows as needed.
+    target : str, dict or None
+        What to compile for; by default "native" on CPU and "cuda" on a GPU.
+
+    Raises
+    ------
+    ValueError
+        An option breaks a rule, the model is not supported, or no layer of it has full attention.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        key_bits: int = 2,
+        value_bits: int = 2,
+        group_size: int = 32,
+        residual_length: int = 128,
+        window: str = "kivi",
+        max_tokens: int | None = None,
+        key_group_size: int | None = None,
+        value_group_size: int | None = None,
+        compute: str = "auto",
+        target: str | dict[str, Any] | None = None,
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "key_bits": key_bits,
+            "value_bits": value_bits,
+            "group_size": group_size,
+            "residual_length": residual_length,
+            "key_group_size": key_group_size,
+            "value_group_size": value_group_size,
+            "compute": compute,
+        }
+        check_options(self._options, window, max_tokens)
+        check_config(config)
+        self.config, self.window, self.max_tokens, self.target = config, window, max_tokens, target
+        super().__init__(layers=self._new_layers())
+        self._kivi = [i for i, layer in enumerate(self.layers) if isinstance(layer, KiviLayer)]
+        if not self._kivi:
+            kinds = sorted({type(layer).__name__ for layer in self.layers})
+            raise ValueError(f"`config` must have a full-attention layer, got only {kinds}")
+        self.pending: int | None = None
+        self._step: Step | None = None
+        self._padding: Padding | None = None
+        self._stores: list[Store] = []
+
+    def _new_layers(self) -> list[Any]:
+        layers = DynamicCache(config=self.config).layers
+        return [KiviLayer(self, i) if is_full_attention(x) else x for i, x in enumerate(layers)]
+
+    # What one forward does, called by the layers.
+
+    def check_not_pending(self) -> None:
+        """Raise if a layer's `update` was not followed by its attention."""
+        if self.pending is not None:
+            raise RuntimeError(
+                f"the previous step of layer {self.pending} did not go through {ATTENTION_NAME} "
+                f"attention: call `model.set_attn_implementation({ATTENTION_NAME!r})` and "
+                "`reset()` the cache; this model may not support it"
+            )
+
+    def enter_step(self, index: int, start: int, key: Tensor, mask: Tensor | None) -> Step:
+        """The forward that layer `index` is in, checked; nothing is changed."""
+        step, tokens = self._step, key.shape[2]
+        if step is None:
+            padding = self._check_mask(mask, key.shape[0], start, tokens)
+            return Step(start, tokens, padding, mask, set(self._kivi))
+        if index not in step.waiting or (start, tokens) != (step.start, step.tokens):
+            raise RuntimeError(
+                f"a forward stopped before layers {sorted(step.waiting)} had attended, so layer "
+                f"{index} cannot go on; `reset()` the cache and pass the whole prompt"
+            )
+        if mask is not step.mask:
+            padding = self._check_mask(mask, key.shape[0], start, tokens)
+            if start == 0 and not same_padding(padding, step.padding):
+                raise NotImplementedError(
+                    f"`attention_mask` must hide the same columns in all layers, got another "
+                    f"padding in layer {index}"
+                )
+        return step
+
+    def begin_step(self, step: Step, index: int, query: Tensor, key: Tensor) -> LayerStore:
+        """Make room for `step` and give layer `index`'s part of the runtime cache."""
+        store = self._store(index, Geometry.of(query, key))
+        store.begin(step)
+        if step.start == 0:
+            self._padding = step.padding
+        self._step = step
+        return store.layer(index)
+
+    def end_layer(self, step: Step, index: int) -> None:
+        """Note that layer `index` has attended; the last one ends the step."""
+        step.waiting.discard(index)
+        if not step.waiting:
+            self._step = None
+
+    def _check_mask(self, mask: Tensor | None, B: int, start: int, tokens: int) -> Padding | None:
+        if start == 0:
+            return prompt_padding(mask, B, tokens)
+        check_decode_mask(mask, self._padding, B, start + tokens)
+        return None
+
+    # The runtime caches.
+
+    def _store(self, index: int, geometry: Geometry) -> Store:
+        store = next((s for s in self._stores if index in s.members), None)
+        if store is not None and store.geometry == geometry:
+            return store
+        if store is not None and self.layers[index].columns:
+            raise ValueError(
+                f"query and key of layer {index} must stay {store.geometry}, got {geometry}"
+            )
+        if store is not None and self._step is None:
+            self._stores.clear()  # another batch after `reset`
+        elif store is not None:
+            store.leave(index)
+        return self._new_store(index, geometry)
+
+    def _new_store(self, index: int, geometry: Geometry) -> Store:
+        """A runtime cache for layer `index` and those like it that have none yet."""
+        taken = {i for store in self._stores for i in store.members}
+        alike = layers_alike(self.config, self._kivi, index)
+        members = [i for i in alike if i >= index and i not in taken]
+        cfg = KiviConfig(
+            head_dim=geometry.head_dim,
+            num_heads=geometry.num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            dtype=geometry.dtype_name,
+            **self._options,
+        )
+        module = self._build(cfg, geometry.device)
+        cache = module.new_cache(
+            num_layers=len(members),
+            batch_size=geometry.batch_size,
+            max_tokens=self.max_tokens,
+            device=geometry.device,
+            window=self.window,
+        )
+        self._stores.append(Store(geometry, module, cache, members))
+        return self._stores[-1]
+
+    def _build(self, cfg: KiviConfig, device: torch.device) -> Any:
+        """The module that makes a runtime cache of `cfg`; tests put their own here."""
+        from kivi_tvm import build  # here, because importing TVM takes seconds
+
+        target = self.target
+        if target is None:
+            target = "native" if device.type == "cpu" else device.type
+        return build(cfg, target=target)
+
+    # What users read.
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held by KIVI layers, by part; "total" is their sum."""
+        parts: dict[str, int] = {"total": 0}
+        for store in self._stores:
+            for name, count in store.cache.nbytes.items():
+                parts[name] = parts.get(name, 0) + count
+        return parts
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, padding not counted; empty before the first forward."""
+        return list(self._stores[0].cache.lengths) if self._stores else []
+
+    def report(self) -> dict[str, Any]:
+        """What was applied: options, layers by kind, tokens, bytes, and where kernels came from."""
+        others = [type(x).__name__ for x in self.layers if not isinstance(x, KiviLayer)]
+        return {
+            **self._options,
+            "window": self.window,
+            "max_tokens": self.max_tokens,
+            "layers": {"kivi": len(self._kivi), **Counter(others)},
+            "columns": self.layers[self._kivi[0]].columns,
+            "lengths": self.lengths,
+            "bytes": self.nbytes,
+            "kernels": [store.describe() for store in self._stores],
+        }
+
+    # transformers' cache interface.
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `Cache.update`, refusing what a KIVI layer would before any other layer stores it."""
+        first = self._kivi[0]
+        if layer_idx < first:
+            check_extend(key_states.shape[2], self.layers[first].columns)
+        keys: Tensor
+        values: Tensor
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def reset(self) -> None:
+        """Forget every token and keep the memory; also ends a forward that failed half-way."""
+        fresh = self._new_layers()
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, KiviLayer):
+                layer.reset()
+            else:
+                # Not its own reset: transformers 5.17 leaves zeros that would be attended to.
+                self.layers[i] = fresh[i]
+        for store in self._stores:
+            store.cache.reset()
+            store.step = None
+        self.pending = self._step = self._padding = None

@@ -1,0 +1,185 @@
+"""What `KiviCache` does not do, in words: checks of the model, of its layers and of a call."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import transformers
+from torch import Tensor, is_grad_enabled
+from transformers.cache_utils import DynamicLayer
+
+from kivi_tvm.config import WINDOWS, KiviConfig
+
+ATTENTION_NAME = "kivi_tvm"
+MIN_TRANSFORMERS = (5, 17)
+
+# Layers of a hybrid model that transformers' own cache layer serves. Anything that is neither
+# here nor exactly a `DynamicLayer` (full attention) is refused: it may hold full attention inside.
+HF_LAYER_TYPES = (
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+)
+
+# Arguments of an attention function that change its result and that `decode` does not know.
+CALL_RULES = {
+    "softcap": "decode attention has no logit soft-capping",
+    "s_aux": "decode attention has no sink logits",
+    "sinks": "decode attention has no sink logits",
+    "position_bias": "decode attention adds no bias to the scores",
+    "indices": "decode attention reads every cached token",
+    "block_indices": "decode attention reads every cached token",
+}
+
+
+def require_transformers() -> None:
+    """Refuse a transformers whose cache interface differs.
+
+    Raises
+    ------
+    ImportError
+        transformers is older than 5.17 (its `Cache.crop` and length methods differ).
+    """
+    major, minor = transformers.__version__.split(".")[:2]
+    if (int(major), int(minor)) < MIN_TRANSFORMERS:
+        need = ".".join(map(str, MIN_TRANSFORMERS))
+        raise ImportError(
+            f"kivi_tvm.hf needs transformers>={need}, got {transformers.__version__}; "
+            f"pip install 'transformers>={need}'"
+        )
+
+
+def unsupported(call: str, purpose: str) -> NoReturn:
+    """Raise for a method of `Cache` that a KIVI cache cannot do yet."""
+    raise NotImplementedError(f"KiviCache does not support `{call}` ({purpose}) yet")
+
+
+def check_options(options: dict[str, Any], window: str, max_tokens: int | None) -> None:
+    """Raise now for what no model could make valid; 256 is divisible by every group size."""
+    KiviConfig(head_dim=256, num_heads=1, num_kv_heads=1, **options)
+    if window not in WINDOWS:
+        raise ValueError(f"`window` must be one of {list(WINDOWS)}, got {window!r}")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise ValueError(f"`max_tokens` must be None or a positive int, got {max_tokens!r}")
+
+
+def check_config(config: Any) -> None:
+    """Refuse a model whose attention the cache would get wrong, from its configuration.
+
+    Raises
+    ------
+    ValueError
+        The model is an encoder-decoder, uses latent attention (MLA) or shares keys and values
+        among layers.
+    """
+    name = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"`config` must be of a decoder-only model, got encoder-decoder {name!r}")
+    text = config.get_text_config(decoder=True)
+    if (rank := getattr(text, "kv_lora_rank", None)) is not None:
+        raise ValueError(
+            f"`config.kv_lora_rank` must be None, got {rank} ({name!r}): multi-head latent "
+            "attention has keys and values of different sizes"
+        )
+    modes = getattr(text, "kv_sharing_modes", None) or []
+    shared = getattr(text, "num_kv_shared_layers", None) or sum(m is not None for m in modes)
+    if shared:
+        raise ValueError(
+            f"`config.num_kv_shared_layers` must be 0, got {shared} ({name!r}): layers that reuse "
+            "another layer's keys and values are not supported"
+        )
+
+
+def is_full_attention(layer: object) -> bool:
+    """Whether `layer` of a `DynamicCache` is one that KIVI replaces.
+
+    Raises
+    ------
+    ValueError
+        It is neither plain full attention nor in `HF_LAYER_TYPES`.
+    """
+    if type(layer) is DynamicLayer:
+        return True
+    if type(layer).__name__ not in HF_LAYER_TYPES:
+        raise ValueError(
+            "`config` must have layers of full attention or of one of "
+            f"{list(HF_LAYER_TYPES)}, got {type(layer).__name__}"
+        )
+    return False
+
+
+def layers_alike(config: Any, layers: list[int], index: int) -> list[int]:
+    """Those of `layers` that, by the configuration, have the key shape of layer `index`."""
+    configs = config.get_text_config(decoder=True).per_layer_config
+
+    def shape(i: int) -> tuple[Any, ...]:
+        return tuple(getattr(configs[i], n, None) for n in ("num_key_value_heads", "head_dim"))
+
+    return [i for i in layers if shape(i) == shape(index)]
+
+
+def check_states(key: Tensor, value: Tensor, columns: int) -> None:
+    """Refuse new keys and values that cannot be appended after `columns` columns."""
+    if key.shape != value.shape or key.ndim != 4:
+        raise ValueError(
+            "`key_states` and `value_states` must have one shape [B, H_kv, T, D], got "
+            f"{list(key.shape)} and {list(value.shape)}"
+        )
+    if key.shape[2] < 1:
+        raise ValueError(f"`key_states` must have at least one token, got {list(key.shape)}")
+    check_extend(key.shape[2], columns)
+
+
+def check_extend(tokens: int, columns: int) -> None:
+    """Refuse several new tokens on a cache that holds some already."""
+    if tokens > 1 and columns:
+        raise NotImplementedError(
+            "KiviCache takes one token at a time after the prompt (no chunked prefill, continued "
+            f"chat or speculative decoding yet), got {tokens} tokens on top of {columns} columns; "
+            "call `reset()` and pass the whole prompt"
+        )
+
+
+def check_call(
+    module: Any, query: Tensor, key: Tensor, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    """Refuse an attention call whose result `decode` could not reproduce.
+
+    Raises
+    ------
+    NotImplementedError
+        An argument asks for something else than plain softmax attention, or gradients are on.
+    ValueError
+        `query` does not fit `key`.
+    """
+    for name, rule in CALL_RULES.items():
+        if (value := kwargs.get(name)) is not None:
+            got = f"a {list(value.shape)} tensor" if isinstance(value, Tensor) else value
+            raise NotImplementedError(f"`{name}` must be None with KiviCache, got {got}: {rule}")
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise NotImplementedError(
+            "`output_attentions` must be False with KiviCache, got True: "
+            "attention weights are never written"
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"`dropout` must be 0 with KiviCache, got {dropout}; call `model.eval()`"
+        )
+    if is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        raise NotImplementedError(
+            "gradients must be off with KiviCache, got states that require grad: "
+            "use `with torch.no_grad():` or `torch.inference_mode()`"
+        )
+    _check_query(query, key)
+
+
+def _check_query(query: Tensor, key: Tensor) -> None:
+    B, H_kv, T, D = key.shape
+    H = query.shape[1] if query.ndim == 4 else 0
+    if query.shape != (B, H, T, D) or H == 0 or H % H_kv:
+        raise ValueError(
+            f"`query` must be [{B}, H, {T}, {D}] with H a multiple of {H_kv} for a key of "
+            f"{list(key.shape)}, got {list(query.shape)}"
+        )

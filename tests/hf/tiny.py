@@ -1,0 +1,55 @@
+"""Random models of two layers, and inputs for them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import kivi_tvm.hf  # noqa: F401 (registers the attention implementation)
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Attention "kivi_tvm", weights large enough that attention matters, no gradients."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation("kivi_tvm")
+    return model
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    """A random Llama of two layers."""
+    return prepare(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})))
+
+
+def prompt(tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[B, T]`, without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, TINY["vocab_size"], (batch_size, tokens), generator=generator)
+
+
+def pad(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch.Tensor]:
+    """A padded batch of prompts `[T_i]`: `input_ids` and `attention_mask`."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
