@@ -1,0 +1,307 @@
+"""Fused attention over the packed pages, split along tokens (flash-decoding).
+
+For one query head `m`, with `s2 = scale * log2(e)` folded into the query, over the packed tokens
+`t` of a sequence (design section 4):
+
+    score_t = sum_d (q_d s_kd) code_td + sum_d q_d z_kd          per group of G_k tokens
+    p_t     = 2^(score_t - max)                                  0 where t is not packed
+    acc_d   = sum_t (p_t s_vt) code_td + sum_t p_t z_vt          per group of G_v channels
+
+Codes enter as `float(word & (mask << shift))`, exactly `code * 2^shift`; the power of two is
+folded into the other operand, so a code costs one `and` and one conversion.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import PACKED_VALUES, pack_order
+from kivi_tvm.ops.exp2 import exp2
+
+LOG2_E = 1.4426950408889634
+
+
+def attend(key: KernelKey, chunk: int, split: int):
+    """Partial attention of every work item over its split of the packed tokens.
+
+    Parameters
+    ----------
+    key : KernelKey
+    chunk : int
+        Tokens whose scores are held at once; a multiple of the page size.
+    split : int
+        Tokens per work item, a multiple of `chunk`: where a sequence is cut depends on nothing
+        but its own length.
+
+    Returns
+    -------
+    PrimFunc
+        `(q [B, H, D], k_code, k_scale, k_zero, v_code, v_scale, v_zero, page_table [S, pages],
+        state [S, 4], slots [B], work [n, 2] of (row, split), scale, part_acc [B, H, X + 1, D],
+        part_stat [B, H, X + 1, 2] of (max in log2 units, sum))`. Work items with row -1 are
+        skipped. Entry `X` of the partial results belongs to the window.
+    """
+    D, M, P, dtype = key.head_dim, key.queries_per_kv, key.page_size, key.dtype
+    G_k, G_v = key.key_group_size, key.value_group_size
+    W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
+    k_order = pack_order(key.pack_order, key.key_bits)
+    v_order = pack_order(key.pack_order, key.value_bits)
+    k_mask, v_mask = k_order.code_mask, v_order.code_mask
+    C, PAGES, N_k, N_v = chunk, chunk // P, P // G_k, D // G_v
+    CHUNKS = split // chunk
+
+    def power(shift):
+        """2^-shift as float32."""
+        return T.reinterpret("float32", (127 - shift) << 23)
+
+    @T.prim_func(s_tir=True)
+    def attend(
+        k_code_handle: T.handle,
+        k_scale_handle: T.handle,
+        k_zero_handle: T.handle,
+        v_code_handle: T.handle,
+        v_scale_handle: T.handle,
+        v_zero_handle: T.handle,
+        page_table_handle: T.handle,
+        state_handle: T.handle,
+        slots_handle: T.handle,
+        work_handle: T.handle,
+        q_handle: T.handle,
+        scale: T.float32,
+        part_acc_handle: T.handle,
+        part_stat_handle: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        B, H_kv, N, S, pages = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        items, X, q_row, q_head = T.int32(), T.int32(), T.int32(), T.int32()
+        k_code = T.match_buffer(k_code_handle, (N, H_kv, D // W_k, P), "uint32")
+        k_scale = T.match_buffer(k_scale_handle, (N, H_kv, N_k, D), "float16")
+        k_zero = T.match_buffer(k_zero_handle, (N, H_kv, N_k, D), "float16")
+        v_code = T.match_buffer(v_code_handle, (N, H_kv, P // W_v, D), "uint32")
+        v_scale = T.match_buffer(v_scale_handle, (N, H_kv, N_v, P), "float16")
+        v_zero = T.match_buffer(v_zero_handle, (N, H_kv, N_v, P), "float16")
+        page_table = T.match_buffer(page_table_handle, (S, pages), "int32")
+        state = T.match_buffer(state_handle, (S, 4), "int32")
+        slots = T.match_buffer(slots_handle, (B,), "int32")
+        work = T.match_buffer(work_handle, (items, 2), "int32")
+        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
+
+        for h, item in T.grid(H_kv, items):
+            with T.sblock("split"):
+                vh, vi = T.axis.remap("SS", [h, item])
+                T.where(work[item, 0] >= 0)
+                T.reads(
+                    k_code[0:N, vh, 0 : D // W_k, 0:P],
+                    k_scale[0:N, vh, 0:N_k, 0:D],
+                    k_zero[0:N, vh, 0:N_k, 0:D],
+                    v_code[0:N, vh, 0 : P // W_v, 0:D],
+                    v_scale[0:N, vh, 0:N_v, 0:P],
+                    v_zero[0:N, vh, 0:N_v, 0:P],
+                    page_table[0:S, 0:pages],
+                    state[0:S, 0:4],
+                    slots[0:B],
+                    work[vi, 0:2],
+                    q[0:B, vh * M : vh * M + M, 0:D],
+                )
+                T.writes(
+                    part_acc[0:B, vh * M : vh * M + M, 0:X, 0:D],
+                    part_stat[0:B, vh * M : vh * M + M, 0:X, 0:2],
+                )
+                b = T.meta_var(work[vi, 0])
+                slot = T.meta_var(slots[b])
+                packed = T.meta_var(state[slot, PACKED_VALUES])
+                first = T.meta_var(work[vi, 1] * split)
+                q_scaled = T.sblock_alloc_buffer((M, D), "float32")
+                q_fold = T.sblock_alloc_buffer((M, D), "float32")
+                run_max = T.sblock_alloc_buffer((M,), "float32")
+                run_sum = T.sblock_alloc_buffer((M,), "float32")
+                run_acc = T.sblock_alloc_buffer((M, D), "float32")
+                chunk_max = T.sblock_alloc_buffer((M,), "float32")
+                chunk_sum = T.sblock_alloc_buffer((M,), "float32")
+                chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                for m, d in T.grid(M, D):
+                    with T.sblock("q_scaled"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        q_scaled[vm, vd] = T.Cast("float32", q[b, vh * M + vm, vd]) * (
+                            scale * T.float32(LOG2_E)
+                        )
+                for m, d in T.grid(M, D):
+                    with T.sblock("q_fold"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        q_fold[vm, vd] = q_scaled[vm, vd] * power(k_order.shift(k_order.slot(vd)))
+                for m in range(M):
+                    with T.sblock("init_stat"):
+                        vm = T.axis.spatial(M, m)
+                        run_max[vm] = T.min_value("float32")
+                        run_sum[vm] = T.float32(0)
+                for m, d in T.grid(M, D):
+                    with T.sblock("init_acc"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        run_acc[vm, vd] = T.float32(0)
+                for c in T.serial(T.min(CHUNKS, T.ceildiv(packed - first, C))):
+                    with T.sblock("chunk"):
+                        vc = T.axis.opaque(CHUNKS, c)
+                        T.reads(
+                            k_code[0:N, vh, 0 : D // W_k, 0:P],
+                            k_scale[0:N, vh, 0:N_k, 0:D],
+                            k_zero[0:N, vh, 0:N_k, 0:D],
+                            v_code[0:N, vh, 0 : P // W_v, 0:D],
+                            v_scale[0:N, vh, 0:N_v, 0:P],
+                            v_zero[0:N, vh, 0:N_v, 0:P],
+                            page_table[0:S, 0:pages],
+                            state[0:S, 0:4],
+                            slots[0:B],
+                            work[vi, 0:2],
+                            q_scaled[0:M, 0:D],
+                            q_fold[0:M, 0:D],
+                        )
+                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
+                        base = T.meta_var(first + vc * C)
+                        page = T.sblock_alloc_buffer((PAGES,), "int32")
+                        q_key = T.sblock_alloc_buffer((M, PAGES, N_k, D), "float32")
+                        q_zero = T.sblock_alloc_buffer((M, PAGES, N_k), "float32")
+                        dot = T.sblock_alloc_buffer((M, C), "float32")
+                        score = T.sblock_alloc_buffer((M, C), "float32")
+                        prob = T.sblock_alloc_buffer((M, C), "float32")
+                        p_fold = T.sblock_alloc_buffer((M, N_v, C), "float32")
+                        p_zero = T.sblock_alloc_buffer((M, N_v), "float32")
+                        out = T.sblock_alloc_buffer((M, D), "float32")
+                        for j in range(PAGES):
+                            with T.sblock("page"):
+                                vj = T.axis.spatial(PAGES, j)
+                                page[vj] = page_table[
+                                    slot, T.min(base // P + vj, (packed - 1) // P)
+                                ]
+                        for m, j, g, d in T.grid(M, PAGES, N_k, D):
+                            with T.sblock("q_key"):
+                                vm, vj, vg, vd = T.axis.remap("SSSS", [m, j, g, d])
+                                q_key[vm, vj, vg, vd] = q_fold[vm, vd] * T.Cast(
+                                    "float32", k_scale[page[vj], vh, vg, vd]
+                                )
+                        for m, j, g, d in T.grid(M, PAGES, N_k, D):
+                            with T.sblock("q_zero"):
+                                vm, vj, vg, vd = T.axis.remap("SSSR", [m, j, g, d])
+                                with T.init():
+                                    q_zero[vm, vj, vg] = T.float32(0)
+                                q_zero[vm, vj, vg] += q_scaled[vm, vd] * T.Cast(
+                                    "float32", k_zero[page[vj], vh, vg, vd]
+                                )
+                        for m, t, w, i in T.grid(M, C, D // W_k, W_k):
+                            with T.sblock("dot"):
+                                vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
+                                with T.init():
+                                    dot[vm, vt] = T.float32(0)
+                                dot[vm, vt] += q_key[
+                                    vm, vt // P, vt % P // G_k, k_order.element(vw, vs)
+                                ] * T.Cast(
+                                    "float32",
+                                    k_code[page[vt // P], vh, vw, vt % P]
+                                    & (T.uint32(k_mask) << T.Cast("uint32", k_order.shift(vs))),
+                                )
+                        for m, t in T.grid(M, C):
+                            with T.sblock("score"):
+                                vm, vt = T.axis.remap("SS", [m, t])
+                                score[vm, vt] = T.Select(
+                                    base + vt < packed,
+                                    dot[vm, vt] + q_zero[vm, vt // P, vt % P // G_k],
+                                    T.min_value("float32"),
+                                )
+                        for m, t in T.grid(M, C):
+                            with T.sblock("max"):
+                                vm, vt = T.axis.remap("SR", [m, t])
+                                with T.init():
+                                    chunk_max[vm] = T.min_value("float32")
+                                chunk_max[vm] = T.max(chunk_max[vm], score[vm, vt])
+                        for m, t in T.grid(M, C):
+                            with T.sblock("prob"):
+                                vm, vt = T.axis.remap("SS", [m, t])
+                                prob[vm, vt] = exp2(score[vm, vt] - chunk_max[vm])
+                        for m, t in T.grid(M, C):
+                            with T.sblock("sum"):
+                                vm, vt = T.axis.remap("SR", [m, t])
+                                with T.init():
+                                    chunk_sum[vm] = T.float32(0)
+                                chunk_sum[vm] += prob[vm, vt]
+                        for m, g, t in T.grid(M, N_v, C):
+                            with T.sblock("p_fold"):
+                                vm, vg, vt = T.axis.remap("SSS", [m, g, t])
+                                p_fold[vm, vg, vt] = T.Select(
+                                    base + vt < packed,
+                                    prob[vm, vt]
+                                    * T.Cast("float32", v_scale[page[vt // P], vh, vg, vt % P])
+                                    * power(v_order.shift(v_order.slot(vt))),
+                                    T.float32(0),
+                                )
+                        for m, g, t in T.grid(M, N_v, C):
+                            with T.sblock("p_zero"):
+                                vm, vg, vt = T.axis.remap("SSR", [m, g, t])
+                                with T.init():
+                                    p_zero[vm, vg] = T.float32(0)
+                                p_zero[vm, vg] += T.Select(
+                                    base + vt < packed,
+                                    prob[vm, vt]
+                                    * T.Cast("float32", v_zero[page[vt // P], vh, vg, vt % P]),
+                                    T.float32(0),
+                                )
+                        for m, d, w, i in T.grid(M, D, C // W_v, W_v):
+                            with T.sblock("out"):
+                                vm, vd, vw, vs = T.axis.remap("SSRR", [m, d, w, i])
+                                with T.init():
+                                    out[vm, vd] = T.float32(0)
+                                out[vm, vd] += p_fold[
+                                    vm, vd // G_v, v_order.element(vw, vs)
+                                ] * T.Cast(
+                                    "float32",
+                                    v_code[page[vw // (P // W_v)], vh, vw % (P // W_v), vd]
+                                    & (T.uint32(v_mask) << T.Cast("uint32", v_order.shift(vs))),
+                                )
+                        for m, d in T.grid(M, D):
+                            with T.sblock("chunk_acc"):
+                                vm, vd = T.axis.remap("SS", [m, d])
+                                chunk_acc[vm, vd] = out[vm, vd] + p_zero[vm, vd // G_v]
+                    with T.sblock("merge"):
+                        vc = T.axis.opaque(CHUNKS, c)
+                        T.reads(
+                            run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D],
+                            chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D],
+                        )
+                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        new_max = T.sblock_alloc_buffer((M,), "float32")
+                        keep = T.sblock_alloc_buffer((M,), "float32")
+                        gain = T.sblock_alloc_buffer((M,), "float32")
+                        new_acc = T.sblock_alloc_buffer((M, D), "float32")
+                        for m in range(M):
+                            with T.sblock("new_stat"):
+                                vm = T.axis.spatial(M, m)
+                                new_max[vm] = T.max(run_max[vm], chunk_max[vm])
+                                keep[vm] = exp2(run_max[vm] - new_max[vm])
+                                gain[vm] = exp2(chunk_max[vm] - new_max[vm])
+                        for m, d in T.grid(M, D):
+                            with T.sblock("new_acc"):
+                                vm, vd = T.axis.remap("SS", [m, d])
+                                new_acc[vm, vd] = (
+                                    run_acc[vm, vd] * keep[vm] + chunk_acc[vm, vd] * gain[vm]
+                                )
+                        for m in range(M):
+                            with T.sblock("copy_stat"):
+                                vm = T.axis.spatial(M, m)
+                                run_max[vm] = new_max[vm]
+                                run_sum[vm] = run_sum[vm] * keep[vm] + chunk_sum[vm] * gain[vm]
+                        for m, d in T.grid(M, D):
+                            with T.sblock("copy_acc"):
+                                vm, vd = T.axis.remap("SS", [m, d])
+                                run_acc[vm, vd] = new_acc[vm, vd]
+                for m in range(M):
+                    with T.sblock("store_stat"):
+                        vm = T.axis.spatial(M, m)
+                        part_stat[b, vh * M + vm, work[vi, 1], 0] = run_max[vm]
+                        part_stat[b, vh * M + vm, work[vi, 1], 1] = run_sum[vm]
+                for m, d in T.grid(M, D):
+                    with T.sblock("store_acc"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        part_acc[b, vh * M + vm, work[vi, 1], vd] = run_acc[vm, vd]
+
+    return attend
