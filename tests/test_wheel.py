@@ -31,7 +31,7 @@ def dist(tmp_path_factory):
     """Build the sdist, and the wheel from the sdist; return their directory."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True)
     return out
 
 
