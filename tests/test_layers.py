@@ -16,11 +16,11 @@ LAYERS = [
     {"reference", "workloads", "targets", "ops"},
     {"schedules"},
     {"database"},
-    {"tune", "compile", "artifact", "artifact_cache", "manifest"},
+    {"tune", "compile", "artifact", "artifact_cache", "cache_key", "manifest"},
     {"runtime"},
     {"hf", "model_export", "tuning_logs"},
     {"bench", "eval"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Who may import what from outside, at the top of a file or inside a function.
