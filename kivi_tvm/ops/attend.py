@@ -17,9 +17,13 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PACKED_VALUES, pack_order
-from kivi_tvm.ops.exp2 import exp2
-
-LOG2_E = 1.4426950408889634
+from kivi_tvm.ops.online_softmax import (
+    LOG2_E,
+    merge_blocks,
+    softmax_blocks,
+    start_blocks,
+    store_blocks,
+)
 
 
 def attend(key: KernelKey, chunk: int, split: int):
@@ -54,6 +58,9 @@ def attend(key: KernelKey, chunk: int, split: int):
     def power(shift):
         """2^-shift as float32."""
         return T.reinterpret("float32", (127 - shift) << 23)
+
+    start, softmax = start_blocks(M, D), softmax_blocks(M, C)
+    merge, store = merge_blocks(M, D), store_blocks(M, D)
 
     @T.prim_func(s_tir=True)
     def attend(
@@ -132,15 +139,7 @@ def attend(key: KernelKey, chunk: int, split: int):
                     with T.sblock("q_fold"):
                         vm, vd = T.axis.remap("SS", [m, d])
                         q_fold[vm, vd] = q_scaled[vm, vd] * power(k_order.shift(k_order.slot(vd)))
-                for m in range(M):
-                    with T.sblock("init_stat"):
-                        vm = T.axis.spatial(M, m)
-                        run_max[vm] = T.min_value("float32")
-                        run_sum[vm] = T.float32(0)
-                for m, d in T.grid(M, D):
-                    with T.sblock("init_acc"):
-                        vm, vd = T.axis.remap("SS", [m, d])
-                        run_acc[vm, vd] = T.float32(0)
+                start(run_max, run_sum, run_acc)
                 for c in T.serial(T.min(CHUNKS, T.ceildiv(packed - first, C))):
                     with T.sblock("chunk"):
                         vc = T.axis.opaque(CHUNKS, c)
@@ -209,22 +208,7 @@ def attend(key: KernelKey, chunk: int, split: int):
                                     dot[vm, vt] + q_zero[vm, vt // P, vt % P // G_k],
                                     T.min_value("float32"),
                                 )
-                        for m, t in T.grid(M, C):
-                            with T.sblock("max"):
-                                vm, vt = T.axis.remap("SR", [m, t])
-                                with T.init():
-                                    chunk_max[vm] = T.min_value("float32")
-                                chunk_max[vm] = T.max(chunk_max[vm], score[vm, vt])
-                        for m, t in T.grid(M, C):
-                            with T.sblock("prob"):
-                                vm, vt = T.axis.remap("SS", [m, t])
-                                prob[vm, vt] = exp2(score[vm, vt] - chunk_max[vm])
-                        for m, t in T.grid(M, C):
-                            with T.sblock("sum"):
-                                vm, vt = T.axis.remap("SR", [m, t])
-                                with T.init():
-                                    chunk_sum[vm] = T.float32(0)
-                                chunk_sum[vm] += prob[vm, vt]
+                        softmax(score, chunk_max, prob, chunk_sum)
                         for m, g, t in T.grid(M, N_v, C):
                             with T.sblock("p_fold"):
                                 vm, vg, vt = T.axis.remap("SSS", [m, g, t])
@@ -269,39 +253,7 @@ def attend(key: KernelKey, chunk: int, split: int):
                             chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D],
                         )
                         T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
-                        new_max = T.sblock_alloc_buffer((M,), "float32")
-                        keep = T.sblock_alloc_buffer((M,), "float32")
-                        gain = T.sblock_alloc_buffer((M,), "float32")
-                        new_acc = T.sblock_alloc_buffer((M, D), "float32")
-                        for m in range(M):
-                            with T.sblock("new_stat"):
-                                vm = T.axis.spatial(M, m)
-                                new_max[vm] = T.max(run_max[vm], chunk_max[vm])
-                                keep[vm] = exp2(run_max[vm] - new_max[vm])
-                                gain[vm] = exp2(chunk_max[vm] - new_max[vm])
-                        for m, d in T.grid(M, D):
-                            with T.sblock("new_acc"):
-                                vm, vd = T.axis.remap("SS", [m, d])
-                                new_acc[vm, vd] = (
-                                    run_acc[vm, vd] * keep[vm] + chunk_acc[vm, vd] * gain[vm]
-                                )
-                        for m in range(M):
-                            with T.sblock("copy_stat"):
-                                vm = T.axis.spatial(M, m)
-                                run_max[vm] = new_max[vm]
-                                run_sum[vm] = run_sum[vm] * keep[vm] + chunk_sum[vm] * gain[vm]
-                        for m, d in T.grid(M, D):
-                            with T.sblock("copy_acc"):
-                                vm, vd = T.axis.remap("SS", [m, d])
-                                run_acc[vm, vd] = new_acc[vm, vd]
-                for m in range(M):
-                    with T.sblock("store_stat"):
-                        vm = T.axis.spatial(M, m)
-                        part_stat[b, vh * M + vm, work[vi, 1], 0] = run_max[vm]
-                        part_stat[b, vh * M + vm, work[vi, 1], 1] = run_sum[vm]
-                for m, d in T.grid(M, D):
-                    with T.sblock("store_acc"):
-                        vm, vd = T.axis.remap("SS", [m, d])
-                        part_acc[b, vh * M + vm, work[vi, 1], vd] = run_acc[vm, vd]
+                        merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
+                store(run_max, run_sum, run_acc, part_acc, part_stat, b, vh * M, work[vi, 1])
 
     return attend

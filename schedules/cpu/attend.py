@@ -20,7 +20,7 @@ def attend(sch: Schedule, lanes: int, rows: int = 4, tile: int = 32) -> None:
         reduce_by_lanes(sch, sch.get_sblock(name), lanes)
     # 3. elementwise stages
     for name in (
-        "q_scaled", "q_fold", "init_acc", "q_key", "prob", "p_fold", "new_acc", "copy_acc",
+        "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
         "store_acc",
     ):
         vectorize_last(sch, sch.get_sblock(name), lanes)

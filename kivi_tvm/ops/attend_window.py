@@ -1,0 +1,170 @@
+"""Plain attention over the full-precision window: the last `L - packed_values` ring tokens.
+
+Ring slot `p` holds a token of age `(last - p) mod (R + E)`; it is in the window while its age is
+below the window's count. Other slots may hold anything: their weight is 0 by selection and the
+newest token is read in their place.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import LENGTH, PACKED_VALUES
+from kivi_tvm.ops.online_softmax import (
+    LOG2_E,
+    merge_blocks,
+    softmax_blocks,
+    start_blocks,
+    store_blocks,
+)
+
+
+def attend_window(key: KernelKey, chunk: int):
+    """Partial attention of every row over its window, stored as the last partial result.
+
+    Parameters
+    ----------
+    key : KernelKey
+    chunk : int
+        Ring slots whose scores are held at once.
+
+    Returns
+    -------
+    PrimFunc
+        `(k_ring, v_ring [S, H_kv, R + E, D], state [S, 4], slots [B], q [B, H, D], scale,
+        part_acc [B, H, X + 1, D], part_stat [B, H, X + 1, 2])`; rows with slot -1 are skipped.
+    """
+    D, M, C, dtype = key.head_dim, key.queries_per_kv, chunk, key.dtype
+    start, softmax = start_blocks(M, D), softmax_blocks(M, C)
+    merge, store = merge_blocks(M, D), store_blocks(M, D)
+
+    @T.prim_func(s_tir=True)
+    def attend_window(
+        k_ring_handle: T.handle,
+        v_ring_handle: T.handle,
+        state_handle: T.handle,
+        slots_handle: T.handle,
+        q_handle: T.handle,
+        scale: T.float32,
+        part_acc_handle: T.handle,
+        part_stat_handle: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        B, H_kv, S, X, ring, q_row, q_head = (
+            T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(),
+        )  # fmt: skip
+        k_ring = T.match_buffer(k_ring_handle, (S, H_kv, ring, D), dtype)
+        v_ring = T.match_buffer(v_ring_handle, (S, H_kv, ring, D), dtype)
+        state = T.match_buffer(state_handle, (S, 4), "int32")
+        slots = T.match_buffer(slots_handle, (B,), "int32")
+        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
+        for b, h in T.grid(B, H_kv):
+            with T.sblock("row"):
+                vb, vh = T.axis.remap("SS", [b, h])
+                T.where(slots[b] >= 0)
+                T.reads(
+                    k_ring[0:S, vh, 0:ring, 0:D],
+                    v_ring[0:S, vh, 0:ring, 0:D],
+                    state[0:S, 0:4],
+                    slots[vb],
+                    q[vb, vh * M : vh * M + M, 0:D],
+                )
+                T.writes(
+                    part_acc[vb, vh * M : vh * M + M, X - 1, 0:D],
+                    part_stat[vb, vh * M : vh * M + M, X - 1, 0:2],
+                )
+                slot = T.meta_var(slots[vb])
+                newest = T.meta_var((state[slot, LENGTH] - 1) % ring)
+                count = T.meta_var(state[slot, LENGTH] - state[slot, PACKED_VALUES])
+                q_scaled = T.sblock_alloc_buffer((M, D), "float32")
+                run_max = T.sblock_alloc_buffer((M,), "float32")
+                run_sum = T.sblock_alloc_buffer((M,), "float32")
+                run_acc = T.sblock_alloc_buffer((M, D), "float32")
+                chunk_max = T.sblock_alloc_buffer((M,), "float32")
+                chunk_sum = T.sblock_alloc_buffer((M,), "float32")
+                chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                for m, d in T.grid(M, D):
+                    with T.sblock("q_scaled"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        q_scaled[vm, vd] = T.Cast("float32", q[vb, vh * M + vm, vd]) * (
+                            scale * T.float32(LOG2_E)
+                        )
+                start(run_max, run_sum, run_acc)
+                for c in T.serial(T.ceildiv(T.min(state[slot, LENGTH], ring), C)):
+                    with T.sblock("chunk"):
+                        vc = T.axis.opaque(T.ceildiv(ring, C), c)
+                        T.reads(
+                            k_ring[0:S, vh, 0:ring, 0:D],
+                            v_ring[0:S, vh, 0:ring, 0:D],
+                            state[0:S, 0:4],
+                            slots[vb],
+                            q_scaled[0:M, 0:D],
+                        )
+                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
+                        source = T.sblock_alloc_buffer((C,), "int32")
+                        inside = T.sblock_alloc_buffer((C,), "int32")
+                        dot = T.sblock_alloc_buffer((M, C), "float32")
+                        score = T.sblock_alloc_buffer((M, C), "float32")
+                        prob = T.sblock_alloc_buffer((M, C), "float32")
+                        mass = T.sblock_alloc_buffer((M, C), "float32")
+                        out = T.sblock_alloc_buffer((M, D), "float32")
+                        for t in range(C):
+                            with T.sblock("inside"):
+                                vt = T.axis.spatial(C, t)
+                                age = T.meta_var((newest - (vc * C + vt) + ring) % ring)
+                                inside[vt] = T.Select(vc * C + vt < ring and age < count, 1, 0)
+                        for t in range(C):
+                            with T.sblock("source"):
+                                vt = T.axis.spatial(C, t)
+                                source[vt] = T.Select(inside[vt] == 1, vc * C + vt, newest)
+                        for m, t, d in T.grid(M, C, D):
+                            with T.sblock("dot"):
+                                vm, vt, vd = T.axis.remap("SSR", [m, t, d])
+                                with T.init():
+                                    dot[vm, vt] = T.float32(0)
+                                dot[vm, vt] += q_scaled[vm, vd] * T.Cast(
+                                    "float32", k_ring[slot, vh, source[vt], vd]
+                                )
+                        for m, t in T.grid(M, C):
+                            with T.sblock("score"):
+                                vm, vt = T.axis.remap("SS", [m, t])
+                                score[vm, vt] = T.Select(
+                                    inside[vt] == 1, dot[vm, vt], T.min_value("float32")
+                                )
+                        softmax(score, chunk_max, prob, chunk_sum)
+                        for m, t in T.grid(M, C):
+                            with T.sblock("mass"):
+                                vm, vt = T.axis.remap("SS", [m, t])
+                                mass[vm, vt] = T.Select(
+                                    inside[vt] == 1, prob[vm, vt], T.float32(0)
+                                )
+                        for m, d, t in T.grid(M, D, C):
+                            with T.sblock("out"):
+                                vm, vd, vt = T.axis.remap("SSR", [m, d, t])
+                                with T.init():
+                                    out[vm, vd] = T.float32(0)
+                                out[vm, vd] += mass[vm, vt] * T.Cast(
+                                    "float32", v_ring[slot, vh, source[vt], vd]
+                                )
+                        for m, d in T.grid(M, D):
+                            with T.sblock("chunk_acc"):
+                                vm, vd = T.axis.remap("SS", [m, d])
+                                chunk_acc[vm, vd] = out[vm, vd]
+                    with T.sblock("merge"):
+                        vc = T.axis.opaque(T.ceildiv(ring, C), c)
+                        T.reads(
+                            run_max[0:M],
+                            run_sum[0:M],
+                            run_acc[0:M, 0:D],
+                            chunk_max[0:M],
+                            chunk_sum[0:M],
+                            chunk_acc[0:M, 0:D],
+                        )
+                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
+                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, vh * M, X - 1)
+
+    return attend_window
