@@ -115,6 +115,7 @@ def run(
     list of Record
         Ours first. A record without a timing failed its check.
     """
+    dtypes = {name: peers.parse(name)[1] for name in peer_names}
     inputs = make_inputs(w)
     l3 = harness.l3_bytes()
 
@@ -122,7 +123,6 @@ def run(
         return harness.copies_for(nbytes, state, l3)
 
     providers = [ours(w, inputs, copies(kivi_bytes(w.cfg, w.row_lengths)), target)]
-    for name in peer_names:
-        dtype = peers.DTYPES.get(name.rpartition("-")[2], peers.DTYPES["bf16"])
+    for name, dtype in dtypes.items():
         providers.append(peers.torch_peer(name, w, inputs, copies(peers.cache_bytes(w, dtype))))
     return compare(w, providers, state, rounds, target)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi_tvm.bench.provider import PEER_TOLERANCES, Provider, exact_attention
+from kivi_tvm.errors import UserError
 from kivi_tvm.workloads import Inputs, Workload
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,24 +55,35 @@ def cache_bytes(w: Workload, dtype: torch.dtype) -> int:
     return 2 * w.batch_size * w.num_kv_heads * (w.tokens + 1) * w.head_dim * dtype.itemsize
 
 
+def parse(name: str) -> tuple[Attention, torch.dtype]:
+    """The algorithm and the cache dtype of peer `name`.
+
+    Raises
+    ------
+    UserError
+        `name` is not in `PEERS`.
+    """
+    if name not in PEERS:
+        raise UserError(f"`peers` must be among {PEERS}, got {name!r}")
+    algorithm, _, slug = name.rpartition("-")
+    return ALGORITHMS[algorithm], DTYPES[slug]
+
+
 def torch_peer(name: str, w: Workload, inputs: Inputs, copies: int) -> Provider:
     """Peer `name` on the tokens of `inputs`, the first decode step included.
 
     Raises
     ------
-    ValueError
+    UserError
         `name` is not in `PEERS`, or the rows are ragged.
     """
-    if name not in PEERS:
-        raise ValueError(f"`peers` must be among {PEERS}, got {name!r}")
+    algorithm, dtype = parse(name)
     if w.lengths is not None:
-        raise ValueError(f"`lengths` must be None for torch peers, got {w.lengths}")
-    algorithm, _, slug = name.rpartition("-")
-    dtype = DTYPES[slug]
+        raise UserError(f"`lengths` must be None for torch peers, got {w.lengths}")
     q = inputs.q[0].to(dtype)
     # [B, H_kv, T, D] and [B, H_kv, D] -> [B, H_kv, T + 1, D]
     k = torch.cat([inputs.k, inputs.k_new[0][:, :, None]], 2).to(dtype)
     v = torch.cat([inputs.v, inputs.v_new[0][:, :, None]], 2).to(dtype)
-    calls = [partial(ALGORITHMS[algorithm], q, k.clone(), v.clone()) for _ in range(copies)]
+    calls = [partial(algorithm, q, k.clone(), v.clone()) for _ in range(copies)]
     expected, tolerance = exact_attention(q, k, v), PEER_TOLERANCES[dtype]
     return Provider(name, "peer", calls, cache_bytes(w, dtype), expected, tolerance)

@@ -6,12 +6,13 @@ import json
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from kivi_tvm.bench.harness import Timing, l3_bytes
+from kivi_tvm.cpu import cpu_name
+from kivi_tvm.host import installed_version
 
 PACKAGES = ("kivi-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 
@@ -28,12 +29,9 @@ class Environment:
 
     @classmethod
     def current(cls) -> Environment:
-        versions = {"python": platform.python_version()}
-        for name in PACKAGES:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
+        found = {name: installed_version(name) for name in PACKAGES}
+        versions = {name: version for name, version in found.items() if version is not None}
+        versions["python"] = platform.python_version()
         return cls(cpu_name(), torch.get_num_threads(), l3_bytes(), versions, commit())
 
 
@@ -66,11 +64,12 @@ class Record:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data on one level, without times for a provider that failed its check."""
-        fields = asdict(self)
-        timing, environment = fields.pop("timing"), fields.pop("environment")
+        fields: dict[str, object] = asdict(self)
+        del fields["timing"], fields["environment"]
         if self.timing is not None:
-            fields |= timing | {"gb_per_s": round(self.timing.gb_per_s(self.bytes), 3)}
-        return fields | environment | {"passed": self.passed}
+            rate = round(self.timing.gb_per_s(self.bytes), 3)
+            fields |= asdict(self.timing) | {"gb_per_s": rate}
+        return fields | asdict(self.environment) | {"passed": self.passed}
 
 
 def append_jsonl(path: Path, records: list[Record]) -> None:
@@ -78,14 +77,6 @@ def append_jsonl(path: Path, records: list[Record]) -> None:
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record.to_dict()) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor's own name, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def commit() -> str | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kivi_tvm.bench.peers import BASELINE
 from kivi_tvm.bench.record import Record
+from kivi_tvm.errors import UserError
 
 COLUMNS = ("provider", "ms", "p20-p80", "MB read", "GB/s", "of read", f"x {BASELINE}", "error")
 
@@ -56,13 +57,13 @@ def plot_attention(records: Sequence[Record], path: Path) -> None:
 
     Raises
     ------
-    ValueError
+    UserError
         matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("`--plot` needs matplotlib: pip install 'kivi-tvm[bench]'") from error
+        raise UserError("`--plot` needs matplotlib: pip install 'kivi-tvm[bench]'") from error
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if record.timing is not None:
