@@ -54,8 +54,10 @@ _ARM_RENAMED = {
     "complxnum": "fcma",
     "jsconv": "jscvt",
     "crc": "crc32",
+    "lse2": "uscat",
+    "fptoint": "frint",
 }
-_ARM_SAME = "aes bf16 i8mm sha2 sha3 sve sve2 sm4 flagm frint lse2"
+_ARM_SAME = "aes bf16 i8mm sha2 sha3 sve sve2 sm4 flagm"
 
 FLAG_OF_LLVM_FEATURE = {
     "x86_64": {**{name: name for name in _X86_SAME.split()}, **_X86_RENAMED},

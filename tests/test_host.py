@@ -64,7 +64,7 @@ def test_runtime_library_without_metadata(monkeypatch, tmp_path):
 def test_no_runtime_library(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", no_distribution)
     monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(UserError, match="install apache-tvm 0.27"):
+    with pytest.raises(UserError, match=r"install apache-tvm 0\.27"):
         host.find_runtime_library()
 
 
