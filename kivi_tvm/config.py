@@ -13,6 +13,8 @@ COMPUTE_MODES = ("auto", "float")
 WINDOWS = ("kivi", "exact")
 WORD_BITS = 32
 MIN_PAGE_SIZE = 32
+CHUNK_TOKENS = 128
+SPLIT_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,20 @@ class KernelKey:
     @property
     def value_codes_per_word(self) -> int:
         return WORD_BITS // self.value_bits
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Packed tokens whose scores `attend` holds at once: whole pages, about 128 tokens."""
+        return self.page_size * max(1, CHUNK_TOKENS // self.page_size)
+
+    @property
+    def split_tokens(self) -> int:
+        """Packed tokens of one work item of `attend`.
+
+        A constant, so that where a sequence is cut depends on nothing but its own length: a row
+        gives the same bits in every batch and on any number of threads.
+        """
+        return self.chunk_tokens * max(1, SPLIT_TOKENS // self.chunk_tokens)
 
     @property
     def slug(self) -> str:

@@ -51,10 +51,10 @@ def contract_in_registers(
     rows: int,
     lanes: int,
 ) -> None:
-    """Run a contraction over packed words as register tiles of `rows` x `lanes`.
+    """Run a contraction as register tiles of `rows` x `lanes`, reduced outside the tile.
 
-    `block` has the loops (row, lane axis, word, slot); its only consumer is elementwise over
-    (row, lane axis). Every code is unpacked once per tile and used by all its rows.
+    `block` has the loops (row, lane axis, *reduced), the last of them unrolled; its only consumer
+    is elementwise over (row, lane axis). Every code is unpacked once per tile for all its rows.
     """
     row, lane = sch.get_loops(consumer)
     row_tile, row = split_off(sch, row, rows)
@@ -64,12 +64,29 @@ def contract_in_registers(
     sch.set_scope(block, 0, "local")
     sch.unroll(row)
     sch.vectorize(lane)
-    *_, row, lane, word, slot = sch.get_loops(block)
-    sch.reorder(word, slot, row, lane)
-    for loop in (slot, row):
-        sch.unroll(loop)
-    sch.vectorize(lane)
-    init = sch.decompose_reduction(block, word)
-    *_, row, lane = sch.get_loops(init)
+    first = len(sch.get_loops(consumer)) - 2  # compute_at put the block beside these
+    row, lane, *reduced = sch.get_loops(block)[first:]
+    sch.reorder(*reduced, row, lane)
+    if len(reduced) > 1:
+        sch.unroll(reduced[-1])
     sch.unroll(row)
     sch.vectorize(lane)
+    start = sch.decompose_reduction(block, reduced[0])
+    row, lane = sch.get_loops(start)[-2:]
+    sch.unroll(row)
+    sch.vectorize(lane)
+
+
+def reduce_over_rows(sch: Schedule, block: SBlockRV, lanes: int) -> None:
+    """Reduce the outer of two loops (reduced, lane axis), `lanes` elements of the axis at once."""
+    step, axis = sch.get_loops(block)[-2:]
+    outer, lane = split_off(sch, axis, lanes)
+    sch.reorder(outer, step, lane)
+    sch.vectorize(lane)
+    start = sch.decompose_reduction(block, step)
+    sch.vectorize(sch.get_loops(start)[-1])
+
+
+def parallelize(sch: Schedule, block: SBlockRV) -> None:
+    """Give all loops around a block to threads as one."""
+    sch.parallel(sch.fuse(*sch.get_loops(block)))

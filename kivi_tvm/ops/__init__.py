@@ -1,5 +1,36 @@
 """The operators of the cache as TensorIR, one file each: mathematics only, nothing about threads.
 
-Every factory takes a `KernelKey` and returns a PrimFunc; the names of its blocks are the contract
-with the schedule of the same stem under `kivi_tvm.schedules`.
+The names of an operator's blocks are the contract with the schedule of the same stem under
+`kivi_tvm.schedules`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.ops.advance import advance
+from kivi_tvm.ops.append import append
+from kivi_tvm.ops.attend import attend
+from kivi_tvm.ops.attend_window import attend_window
+from kivi_tvm.ops.combine import combine
+from kivi_tvm.ops.dequantize_key import dequantize_key
+from kivi_tvm.ops.dequantize_value import dequantize_value
+from kivi_tvm.ops.fill_window import fill_window
+from kivi_tvm.ops.quantize_key import quantize_key
+from kivi_tvm.ops.quantize_value import quantize_value
+
+# Every operator of a module: a factory from the kernel key to a PrimFunc of that name.
+OPS: dict[str, Callable[[KernelKey], Any]] = {
+    "advance": advance,
+    "append": append,
+    "attend": attend,
+    "attend_window": attend_window,
+    "combine": combine,
+    "dequantize_key": dequantize_key,
+    "dequantize_value": dequantize_value,
+    "fill_window": fill_window,
+    "quantize_key": quantize_key,
+    "quantize_value": quantize_value,
+}

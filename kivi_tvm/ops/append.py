@@ -79,12 +79,11 @@ def append(key: KernelKey):
                 T.where(slots[b] >= 0)
                 slot = T.meta_var(slots[vb])
                 L = T.meta_var(state[slot, LENGTH])
+                # Rings and pages that are read back are declared as written only: a row touches no
+                # other row's, and a block that reads its outputs could not be given to threads.
                 T.reads(
                     k[vb, vh, 0:D],
                     v[vb, vh, 0:D],
-                    k_ring[0:S, vh, 0:ring, 0:D],
-                    v_ring[0:S, vh, 0:ring, 0:D],
-                    v_code[0:N, vh, 0 : P // W_v, 0:D],
                     page_table[0:S, 0:pages],
                     state[0:S, 0:4],
                     slots[vb],
@@ -113,16 +112,20 @@ def append(key: KernelKey):
                                 vd = T.axis.spatial(D, d)
                                 vx[0, vd] = T.Cast("float32", v_ring[slot, vh, token % ring, vd])
                         value_token(vx, v_new_scale, v_new_zero, v_new_code)
+                        word = T.sblock_alloc_buffer((D,), "uint32")
+                        for d in range(D):
+                            with T.sblock("load_word"):
+                                vd = T.axis.spatial(D, d)
+                                word[vd] = v_code[page, vh, v_order.word(token % P), vd]
                         for d in range(D):
                             with T.sblock("store_value_code"):
                                 vd = T.axis.spatial(D, d)
                                 at = T.meta_var(
                                     T.Cast("uint32", v_order.shift(v_order.slot(token % P)))
                                 )
-                                old = T.meta_var(v_code[page, vh, v_order.word(token % P), vd])
                                 # the first token of a word clears what the page held before
                                 v_code[page, vh, v_order.word(token % P), vd] = (
-                                    T.Select(v_order.slot(token % P) == 0, T.uint32(0), old)
+                                    T.Select(v_order.slot(token % P) == 0, T.uint32(0), word[vd])
                                     & ~(T.uint32(v_order.code_mask) << at)
                                 ) | (v_new_code[0, vd] << at)
                         for g in range(D // G_v):
@@ -131,50 +134,62 @@ def append(key: KernelKey):
                                 v_scale[page, vh, vg, token % P] = v_new_scale[vg, 0]
                                 v_zero[page, vh, vg, token % P] = v_new_zero[vg, 0]
                 for d in range(D):
-                    with T.sblock("write_ring"):
+                    with T.sblock("write_value"):
                         vd = T.axis.spatial(D, d)
-                        k_ring[slot, vh, (L - 1) % ring, vd] = k[vb, vh, vd]
                         v_ring[slot, vh, (L - 1) % ring, vd] = v[vb, vh, vd]
-                for g in T.serial(T.Select(L % R == 0, R // G_k, 0)):
-                    with T.sblock("flush"):
-                        vf = T.axis.opaque(R // G_k, g)
-                        first = T.meta_var(L - R + vf * G_k)
-                        page = T.meta_var(page_table[slot, first // P])
-                        kx = T.sblock_alloc_buffer((G_k, D), "float32")
-                        k_new_scale = T.sblock_alloc_buffer((D,), "float16")
-                        k_new_zero = T.sblock_alloc_buffer((D,), "float16")
-                        k_new_word = T.sblock_alloc_buffer((D // W_k, G_k), "uint32")
-                        for t, d in T.grid(G_k, D):
-                            with T.sblock("load_key"):
-                                vt, vd = T.axis.remap("SS", [t, d])
-                                kx[vt, vd] = T.Cast(
-                                    "float32", k_ring[slot, vh, (first + vt) % ring, vd]
-                                )
-                        key_group(kx, k_new_scale, k_new_zero, k_new_word)
-                        for w, t in T.grid(D // W_k, G_k):
-                            with T.sblock("store_key_code"):
-                                vw, vt = T.axis.remap("SS", [w, t])
-                                k_code[page, vh, vw, first % P + vt] = k_new_word[vw, vt]
-                        for d in range(D):
-                            with T.sblock("store_key_scale"):
-                                vd = T.axis.spatial(D, d)
-                                k_scale[page, vh, first % P // G_k, vd] = k_new_scale[vd]
-                                k_zero[page, vh, first % P // G_k, vd] = k_new_zero[vd]
-                        for t, d in T.grid(G_k, D):
-                            with T.sblock("write_back"):
-                                vt, vd = T.axis.remap("SS", [t, d])
-                                T.where(write_back != 0)
-                                k_ring[slot, vh, (first + vt) % ring, vd] = T.Cast(
-                                    dtype,
-                                    dequantized(
-                                        code_at(
-                                            k_new_word[k_order.word(vd), vt],
-                                            k_order,
-                                            k_order.slot(vd),
+                # one block around both writers of the key ring: a row's outputs have one each
+                with T.sblock("keys"):
+                    T.reads(k[vb, vh, 0:D], page_table[0:S, 0:pages], state[0:S, 0:4], slots[vb])
+                    T.writes(
+                        k_ring[0:S, vh, 0:ring, 0:D],
+                        k_code[0:N, vh, 0 : D // W_k, 0:P],
+                        k_scale[0:N, vh, 0 : P // G_k, 0:D],
+                        k_zero[0:N, vh, 0 : P // G_k, 0:D],
+                    )
+                    for d in range(D):
+                        with T.sblock("write_key"):
+                            vd = T.axis.spatial(D, d)
+                            k_ring[slot, vh, (L - 1) % ring, vd] = k[vb, vh, vd]
+                    for g in T.serial(T.Select(L % R == 0, R // G_k, 0)):
+                        with T.sblock("flush"):
+                            vf = T.axis.opaque(R // G_k, g)
+                            first = T.meta_var(L - R + vf * G_k)
+                            page = T.meta_var(page_table[slot, first // P])
+                            kx = T.sblock_alloc_buffer((G_k, D), "float32")
+                            k_new_scale = T.sblock_alloc_buffer((D,), "float16")
+                            k_new_zero = T.sblock_alloc_buffer((D,), "float16")
+                            k_new_word = T.sblock_alloc_buffer((D // W_k, G_k), "uint32")
+                            for t, d in T.grid(G_k, D):
+                                with T.sblock("load_key"):
+                                    vt, vd = T.axis.remap("SS", [t, d])
+                                    kx[vt, vd] = T.Cast(
+                                        "float32", k_ring[slot, vh, (first + vt) % ring, vd]
+                                    )
+                            key_group(kx, k_new_scale, k_new_zero, k_new_word)
+                            for w, t in T.grid(D // W_k, G_k):
+                                with T.sblock("store_key_code"):
+                                    vw, vt = T.axis.remap("SS", [w, t])
+                                    k_code[page, vh, vw, first % P + vt] = k_new_word[vw, vt]
+                            for d in range(D):
+                                with T.sblock("store_key_scale"):
+                                    vd = T.axis.spatial(D, d)
+                                    k_scale[page, vh, first % P // G_k, vd] = k_new_scale[vd]
+                                    k_zero[page, vh, first % P // G_k, vd] = k_new_zero[vd]
+                            for t, d in T.grid(G_k, D):
+                                with T.sblock("write_back"):
+                                    vt, vd = T.axis.remap("SS", [t, d])
+                                    T.where(write_back != 0)
+                                    k_ring[slot, vh, (first + vt) % ring, vd] = T.Cast(
+                                        dtype,
+                                        dequantized(
+                                            code_at(
+                                                k_new_word[k_order.word(vd), vt],
+                                                k_order,
+                                                k_order.slot(vd),
+                                            ),
+                                            k_new_scale[vd],
+                                            k_new_zero[vd],
                                         ),
-                                        k_new_scale[vd],
-                                        k_new_zero[vd],
-                                    ),
-                                )
+                                    )
 
     return append

@@ -26,17 +26,11 @@ from kivi_tvm.ops.online_softmax import (
 )
 
 
-def attend(key: KernelKey, chunk: int, split: int):
+def attend(key: KernelKey):
     """Partial attention of every work item over its split of the packed tokens.
 
-    Parameters
-    ----------
-    key : KernelKey
-    chunk : int
-        Tokens whose scores are held at once; a multiple of the page size.
-    split : int
-        Tokens per work item, a multiple of `chunk`: where a sequence is cut depends on nothing
-        but its own length.
+    A work item covers `key.split_tokens` tokens of one row; the scores of `key.chunk_tokens` are
+    held at once.
 
     Returns
     -------
@@ -52,8 +46,8 @@ def attend(key: KernelKey, chunk: int, split: int):
     k_order = pack_order(key.pack_order, key.key_bits)
     v_order = pack_order(key.pack_order, key.value_bits)
     k_mask, v_mask = k_order.code_mask, v_order.code_mask
-    C, PAGES, N_k, N_v = chunk, chunk // P, P // G_k, D // G_v
-    CHUNKS = split // chunk
+    C, SPLIT = key.chunk_tokens, key.split_tokens
+    CHUNKS, PAGES, N_k, N_v = SPLIT // C, C // P, P // G_k, D // G_v
 
     def power(shift):
         """2^-shift as float32."""
@@ -120,7 +114,7 @@ def attend(key: KernelKey, chunk: int, split: int):
                 b = T.meta_var(work[vi, 0])
                 slot = T.meta_var(slots[b])
                 packed = T.meta_var(state[slot, PACKED_VALUES])
-                first = T.meta_var(work[vi, 1] * split)
+                first = T.meta_var(work[vi, 1] * SPLIT)
                 q_scaled = T.sblock_alloc_buffer((M, D), "float32")
                 q_fold = T.sblock_alloc_buffer((M, D), "float32")
                 run_max = T.sblock_alloc_buffer((M,), "float32")

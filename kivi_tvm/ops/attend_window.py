@@ -19,15 +19,11 @@ from kivi_tvm.ops.online_softmax import (
     store_blocks,
 )
 
+CHUNK = 32  # ring slots whose scores are held at once
 
-def attend_window(key: KernelKey, chunk: int):
+
+def attend_window(key: KernelKey):
     """Partial attention of every row over its window, stored as the last partial result.
-
-    Parameters
-    ----------
-    key : KernelKey
-    chunk : int
-        Ring slots whose scores are held at once.
 
     Returns
     -------
@@ -35,7 +31,7 @@ def attend_window(key: KernelKey, chunk: int):
         `(k_ring, v_ring [S, H_kv, R + E, D], state [S, 4], slots [B], q [B, H, D], scale,
         part_acc [B, H, X + 1, D], part_stat [B, H, X + 1, 2])`; rows with slot -1 are skipped.
     """
-    D, M, C, dtype = key.head_dim, key.queries_per_kv, chunk, key.dtype
+    D, M, C, dtype = key.head_dim, key.queries_per_kv, CHUNK, key.dtype
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 

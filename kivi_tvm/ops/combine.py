@@ -11,7 +11,7 @@ from kivi_tvm.layout import PACKED_VALUES
 from kivi_tvm.ops.exp2 import exp2
 
 
-def combine(key: KernelKey, split: int):
+def combine(key: KernelKey):
     """The output and log-sum-exp of every row from its partial results.
 
         m = max_x m_x,  l = sum_x l_x 2^(m_x - m),  out = sum_x acc_x 2^(m_x - m) / l
@@ -21,10 +21,10 @@ def combine(key: KernelKey, split: int):
     -------
     PrimFunc
         `(state [S, 4], slots [B], part_acc [B, H, X + 1, D], part_stat [B, H, X + 1, 2],
-        out [B, H, D], lse [B, H] float32)`. Entries `0 .. ceil(packed_values / split)` and the
+        out [B, H, D], lse [B, H] float32)`. Entries `0 .. ceil(packed_values / split_tokens)` and the
         last one are read. Rows with slot -1 give out 0 and lse -inf.
     """
-    D = key.head_dim
+    D, SPLIT = key.head_dim, key.split_tokens
 
     @T.prim_func(s_tir=True)
     def combine(
@@ -58,7 +58,7 @@ def combine(key: KernelKey, split: int):
                 splits = T.meta_var(
                     T.Select(
                         slots[vb] >= 0,
-                        T.ceildiv(state[T.max(slots[vb], 0), PACKED_VALUES], split) + 1,
+                        T.ceildiv(state[T.max(slots[vb], 0), PACKED_VALUES], SPLIT) + 1,
                         0,
                     )
                 )
@@ -78,8 +78,10 @@ def combine(key: KernelKey, split: int):
                     with T.sblock("entry"):
                         vx = T.axis.opaque(X, x)
                         entry = T.meta_var(T.Select(vx == splits - 1, X - 1, vx))
+                        below = T.sblock_alloc_buffer((1,), "float32")
                         gain = T.sblock_alloc_buffer((1,), "float32")
-                        gain[0] = exp2(part_stat[vb, vh, entry, 0] - top[0])
+                        below[0] = part_stat[vb, vh, entry, 0] - top[0]
+                        gain[0] = exp2(below[0])
                         total[0] = total[0] + gain[0] * part_stat[vb, vh, entry, 1]
                         for d in range(D):
                             with T.sblock("add"):

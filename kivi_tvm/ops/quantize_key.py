@@ -21,37 +21,37 @@ def key_group_blocks(key: KernelKey):
         bad = T.sblock_alloc_buffer((D,), "int32")
         code = T.sblock_alloc_buffer((G, D), "uint32")
         for t, d in T.grid(G, D):
-            with T.sblock("low"):
+            with T.sblock("key_low"):
                 vt, vd = T.axis.remap("RS", [t, d])
                 with T.init():
                     low[vd] = T.max_value("float32")
                 low[vd] = T.min(low[vd], x[vt, vd])
         for t, d in T.grid(G, D):
-            with T.sblock("high"):
+            with T.sblock("key_high"):
                 vt, vd = T.axis.remap("RS", [t, d])
                 with T.init():
                     high[vd] = T.min_value("float32")
                 high[vd] = T.max(high[vd], x[vt, vd])
         for t, d in T.grid(G, D):
-            with T.sblock("bad"):
+            with T.sblock("key_bad"):
                 vt, vd = T.axis.remap("RS", [t, d])
                 with T.init():
                     bad[vd] = 0
-                bad[vd] = bad[vd] | non_finite(x[vt, vd])
+                bad[vd] += non_finite(x[vt, vd])
         for d in range(D):
-            with T.sblock("scale"):
+            with T.sblock("key_scale"):
                 vd = T.axis.spatial(D, d)
                 scale[vd] = scale_of(low[vd], high[vd], bad[vd], bits)
         for d in range(D):
-            with T.sblock("zero"):
+            with T.sblock("key_zero"):
                 vd = T.axis.spatial(D, d)
                 zero[vd] = zero_of(low[vd], bad[vd])
         for t, d in T.grid(G, D):
-            with T.sblock("code"):
+            with T.sblock("key_code"):
                 vt, vd = T.axis.remap("SS", [t, d])
                 code[vt, vd] = code_of(x[vt, vd], scale[vd], zero[vd], bits)
         for w, t, i in T.grid(D // W, G, W):
-            with T.sblock("word"):
+            with T.sblock("key_word"):
                 vw, vt, vs = T.axis.remap("SSR", [w, t, i])
                 with T.init():
                     word[vw, vt] = T.uint32(0)

@@ -22,33 +22,33 @@ def value_token_blocks(key: KernelKey, tokens: int):
         high = T.sblock_alloc_buffer((D // G, tokens), "float32")
         bad = T.sblock_alloc_buffer((D // G, tokens), "int32")
         for g, t, c in T.grid(D // G, tokens, G):
-            with T.sblock("low"):
+            with T.sblock("value_low"):
                 vg, vt, vc = T.axis.remap("SSR", [g, t, c])
                 with T.init():
                     low[vg, vt] = T.max_value("float32")
                 low[vg, vt] = T.min(low[vg, vt], x[vt, vg * G + vc])
         for g, t, c in T.grid(D // G, tokens, G):
-            with T.sblock("high"):
+            with T.sblock("value_high"):
                 vg, vt, vc = T.axis.remap("SSR", [g, t, c])
                 with T.init():
                     high[vg, vt] = T.min_value("float32")
                 high[vg, vt] = T.max(high[vg, vt], x[vt, vg * G + vc])
         for g, t, c in T.grid(D // G, tokens, G):
-            with T.sblock("bad"):
+            with T.sblock("value_bad"):
                 vg, vt, vc = T.axis.remap("SSR", [g, t, c])
                 with T.init():
                     bad[vg, vt] = 0
-                bad[vg, vt] = bad[vg, vt] | non_finite(x[vt, vg * G + vc])
+                bad[vg, vt] += non_finite(x[vt, vg * G + vc])
         for g, t in T.grid(D // G, tokens):
-            with T.sblock("scale"):
+            with T.sblock("value_scale"):
                 vg, vt = T.axis.remap("SS", [g, t])
                 scale[vg, vt] = scale_of(low[vg, vt], high[vg, vt], bad[vg, vt], bits)
         for g, t in T.grid(D // G, tokens):
-            with T.sblock("zero"):
+            with T.sblock("value_zero"):
                 vg, vt = T.axis.remap("SS", [g, t])
                 zero[vg, vt] = zero_of(low[vg, vt], bad[vg, vt])
         for t, d in T.grid(tokens, D):
-            with T.sblock("code"):
+            with T.sblock("value_code"):
                 vt, vd = T.axis.remap("SS", [t, d])
                 code[vt, vd] = code_of(x[vt, vd], scale[vd // G, vt], zero[vd // G, vt], bits)
 

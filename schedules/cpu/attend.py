@@ -6,24 +6,34 @@ from tvm.s_tir import Schedule
 
 from kivi_tvm.schedules.primitives import (
     contract_in_registers,
+    parallelize,
     reduce_by_lanes,
     vectorize_last,
 )
+from kivi_tvm.targets import Hardware
+
+# Rows x vectors of accumulators: 4 x 2 leave room for codes and operands in 32 registers.
+TILE_ROWS = 4
+TILE_VECTORS = 2
+
+ELEMENTWISE = (
+    "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
+    "store_acc",
+)  # fmt: skip
 
 
-def attend(sch: Schedule, lanes: int, rows: int = 4, tile: int = 32) -> None:
+def attend(sch: Schedule, hardware: Hardware) -> None:
+    """Schedule `attend` for SIMD lanes and threads."""
+    lanes = hardware.float32_lanes
+    tile = TILE_VECTORS * lanes
     # 1. contractions: codes are unpacked in registers, once for all rows of a tile
-    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), rows, tile)
-    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), rows, tile)
+    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE_ROWS, tile)
+    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE_ROWS, tile)
     # 2. reductions by lanes
     for name in ("q_zero", "max", "sum", "p_zero"):
         reduce_by_lanes(sch, sch.get_sblock(name), lanes)
     # 3. elementwise stages
-    for name in (
-        "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
-        "store_acc",
-    ):
+    for name in ELEMENTWISE:
         vectorize_last(sch, sch.get_sblock(name), lanes)
     # 4. threads
-    head, item = sch.get_loops(sch.get_sblock("split"))
-    sch.parallel(sch.fuse(head, item))
+    parallelize(sch, sch.get_sblock("split"))

@@ -1,0 +1,16 @@
+"""`combine` on a CPU: one thread per row and query head."""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+
+from kivi_tvm.schedules.primitives import parallelize, vectorize_last
+from kivi_tvm.targets import Hardware
+
+
+def combine(sch: Schedule, hardware: Hardware) -> None:
+    """Schedule `combine` for SIMD lanes and threads."""
+    # "add" updates its accumulator in place, which TVM does not vectorize but LLVM does
+    for name in ("start", "out"):
+        vectorize_last(sch, sch.get_sblock(name), hardware.float32_lanes)
+    parallelize(sch, sch.get_sblock("head"))
