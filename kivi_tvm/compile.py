@@ -13,6 +13,7 @@ from tvm.target import Target
 
 from kivi_tvm import targets
 from kivi_tvm.config import KernelKey
+from kivi_tvm.host import find_cxx
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.ops import OPS
 from kivi_tvm.schedules import rule
@@ -29,7 +30,7 @@ class CompiledKernels:
 
     def export(self, path: Path) -> None:
         """Write the shared library; needs a C++ compiler."""
-        self.executable.export_library(str(path))
+        self.executable.export_library(str(path), cc=find_cxx())
 
     def manifest(self) -> Manifest:
         """What the compiled functions are, for the artifact or the report."""

@@ -177,7 +177,9 @@ class KiviConfig:
                 f"`{name}` must divide head_dim={self.head_dim}, got {self.G_v}; "
                 f"use {' or '.join(map(str, fits))}{hint}"
             )
-        if self.G_k in GROUP_SIZES and (self.residual_length < 1 or self.residual_length % self.G_k):
+        if self.G_k in GROUP_SIZES and (
+            self.residual_length < 1 or self.residual_length % self.G_k
+        ):
             found.append(
                 f"`residual_length` must be a positive multiple of the key group size {self.G_k}, "
                 f"got {self.residual_length}"

@@ -148,9 +148,7 @@ def quantize_value(v: Tensor, bits: int, group_size: int) -> Quantized:
     return quantize(v, bits, group_size, dim=v.ndim - 1)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Attention of one query per head in the dtype given, grouped heads allowed.
 
     Parameters

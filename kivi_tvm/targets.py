@@ -47,7 +47,9 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"`target` must be one TVM knows, got {target!r} ({reason})") from error
     if found.kind.name != "llvm":
-        raise UserError(f"`target` must be of kind 'llvm' or 'native', got kind {found.kind.name!r}")
+        raise UserError(
+            f"`target` must be of kind 'llvm' or 'native', got kind {found.kind.name!r}"
+        )
     if "mtriple" in found.attrs and _machine(found) != _machine(_native()):
         raise UserError(
             f"`target` must be this machine's architecture {_machine(_native())}, "

@@ -243,8 +243,12 @@ def attend(key: KernelKey):
                     with T.sblock("merge"):
                         vc = T.axis.opaque(CHUNKS, c)
                         T.reads(
-                            run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D],
-                            chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D],
+                            run_max[0:M],
+                            run_sum[0:M],
+                            run_acc[0:M, 0:D],
+                            chunk_max[0:M],
+                            chunk_sum[0:M],
+                            chunk_acc[0:M, 0:D],
                         )
                         T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)

@@ -134,9 +134,7 @@ def attend_window(key: KernelKey):
                         for m, t in T.grid(M, C):
                             with T.sblock("mass"):
                                 vm, vt = T.axis.remap("SS", [m, t])
-                                mass[vm, vt] = T.Select(
-                                    inside[vt] == 1, prob[vm, vt], T.float32(0)
-                                )
+                                mass[vm, vt] = T.Select(inside[vt] == 1, prob[vm, vt], T.float32(0))
                         for m, d, t in T.grid(M, D, C):
                             with T.sblock("out"):
                                 vm, vd, vt = T.axis.remap("SSR", [m, d, t])

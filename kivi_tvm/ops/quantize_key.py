@@ -102,9 +102,7 @@ def quantize_key(key: KernelKey):
             with T.sblock("group"):
                 vb, vh, vg = T.axis.remap("SSS", [b, h, g])
                 T.where(slots[b] >= 0 and g * G < state[T.max(slots[b], 0), PACKED_KEYS])
-                T.reads(
-                    k[vb, vh, vg * G : vg * G + G, 0:D], slots[vb], page_table[0:S, 0:pages]
-                )
+                T.reads(k[vb, vh, vg * G : vg * G + G, 0:D], slots[vb], page_table[0:S, 0:pages])
                 T.writes(
                     k_code[0:N, vh, 0 : D // W, 0:P],
                     k_scale[0:N, vh, 0 : P // G, 0:D],

@@ -1,0 +1,318 @@
+"""The cache of a batch: sequences, pages and lengths, shared by all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kivi_tvm import layout
+from kivi_tvm.config import WINDOWS
+from kivi_tvm.errors import UserError
+from kivi_tvm.runtime.checks import check_lengths
+from kivi_tvm.runtime.layer import CacheLayer
+from kivi_tvm.runtime.library import configure_threads
+from kivi_tvm.runtime.pages import PageTable
+from kivi_tvm.runtime.work import work_list
+
+if TYPE_CHECKING:
+    from kivi_tvm.runtime.module import Module
+
+# A full pool grows by this share: 3% more memory for one copy of the pages per 3% more tokens.
+GROWTH_SHARE = 32
+
+
+@dataclass(slots=True)
+class Step:
+    """A forward under way: how many tokens it adds, and which layers are still to come."""
+
+    tokens: int
+    lengths: list[int]
+    todo: set[int] = field(default_factory=set)
+
+
+class Cache:
+    """KV cache of `batch_size` sequences and `num_layers` layers; `Module.new_cache` makes it.
+
+    One forward is one step: `begin(n)`, then every layer once. The first layer called begins the
+    step by itself if `begin` was not called.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        num_layers: int,
+        batch_size: int,
+        max_tokens: int | None,
+        device: Any,
+        rollback: int,
+        window: str,
+    ) -> None:
+        _check_options(num_layers, batch_size, max_tokens, device, rollback, window)
+        cfg = module.cfg
+        self.module, self.cfg = module, cfg
+        self.batch_size, self.max_tokens, self.window = batch_size, max_tokens, window
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, cfg.dtype)
+        self.kernels = module.library
+        self.write_back = int(window == "kivi")
+        self.slots = torch.arange(batch_size, dtype=torch.int32, device=self.device)
+        self.state = torch.zeros(
+            batch_size, len(layout.STATE_FIELDS), dtype=torch.int32, device=self.device
+        )
+        self._lengths = [0] * batch_size
+        self._pages = PageTable(cfg, batch_size, self.device)
+        self._split = cfg.kernel_key().split_tokens
+        self._step: Step | None = None
+        self._work_key: object = None
+        self.work = torch.empty(0, 2, dtype=torch.int32)
+        self.part_acc = self.part_stat = torch.empty(0)
+        self.lse = torch.empty(batch_size, cfg.H, device=self.device)
+        self._size_workspace()
+        self._layers = [CacheLayer(self, index) for index in range(num_layers)]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens stored per sequence."""
+        return list(self._lengths)
+
+    @property
+    def page_table(self) -> Tensor:
+        return self._pages.table
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes actually held, by part.
+
+        "packed" (codes, scales and zeros of the page pool), "window" (full-precision rings),
+        "tables" (page table, lengths, work list), "workspace" (partial results, shared by all
+        layers) and "total".
+        """
+        parts = {
+            "packed": sum(layer.packed_nbytes for layer in self._layers),
+            "window": sum(layer.window_nbytes for layer in self._layers),
+            "tables": sum(x.nbytes for x in (self.page_table, self.state, self.slots, self.work)),
+            "workspace": sum(x.nbytes for x in (self.part_acc, self.part_stat, self.lse)),
+        }
+        return {**parts, "total": sum(parts.values())}
+
+    def layer(self, index: int) -> CacheLayer:
+        """Layer `index`.
+
+        Raises
+        ------
+        IndexError
+            There is no such layer.
+        """
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"`index` must be in 0..{self.num_layers - 1}, got {index}")
+        return self._layers[index]
+
+    def __repr__(self) -> str:
+        return (
+            f"Cache(layers={self.num_layers}, lengths={self._lengths}, window={self.window!r}, "
+            f"bytes={self.nbytes['total']:,})"
+        )
+
+    def begin(self, n: int, lengths: Sequence[int] | Tensor | None = None) -> None:
+        """Begin a step of `n` tokens per row: reserve memory and advance every length.
+
+        Parameters
+        ----------
+        n : int
+            Tokens of this step's tensors: `T` of a prefill, 1 of a decode.
+        lengths : sequence of int or Tensor, optional
+            Tokens of each row of a ragged prefill, at most `n`; default `n`.
+
+        Raises
+        ------
+        RuntimeError
+            The previous step is not finished: some layers were not called.
+        ValueError
+            A length is out of range or `max_tokens` would be exceeded; nothing has changed.
+        """
+        if self._step is not None:
+            raise RuntimeError(
+                f"the previous step is not finished: layers {sorted(self._step.todo)} were not "
+                "called; call them, or `reset()` to drop everything"
+            )
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise ValueError(f"`n` must be an int of at least 0, got {n!r}")
+        added = check_lengths(lengths, self.batch_size, n)
+        after = [old + new for old, new in zip(self._lengths, added, strict=True)]
+        if self.max_tokens is not None and max(after) > self.max_tokens:
+            raise ValueError(
+                f"`max_tokens`={self.max_tokens} would be exceeded: "
+                f"lengths {self._lengths} plus {added} new tokens"
+            )
+        self._make_room([layout.packed_keys(self.cfg, length) for length in after])
+        configure_threads(torch.get_num_threads())
+        tokens = torch.tensor(added, dtype=torch.int32, device=self.device)
+        self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
+        self._lengths = after
+        self._plan_work()
+        self._step = Step(n, added, set(range(self.num_layers)))
+
+    def enter(self, index: int, n: int, lengths: Sequence[int] | Tensor | None = None) -> Step:
+        """Layer `index`'s part of the step, which is begun if none is open.
+
+        Raises
+        ------
+        RuntimeError
+            The layer was called already, or with other tokens than the step's.
+        """
+        if self._step is None:
+            self.begin(n, lengths)
+        step = self._step
+        assert step is not None
+        if index not in step.todo:
+            raise RuntimeError(
+                f"layer {index} was already called in this step; still to come: {sorted(step.todo)}"
+            )
+        if n != step.tokens:
+            raise RuntimeError(f"this step adds {step.tokens} tokens per row, got {n}")
+        return step
+
+    def leave(self, index: int) -> None:
+        """Layer `index` is done; the last one ends the step."""
+        assert self._step is not None
+        self._step.todo.discard(index)
+        if not self._step.todo:
+            self._step = None
+
+    def check_can_prefill(self) -> None:
+        """Raise unless every row was empty before the step."""
+        before = self._lengths
+        if self._step is not None:
+            before = [n - new for n, new in zip(before, self._step.lengths, strict=True)]
+        if any(before):
+            raise RuntimeError(
+                f"`prefill` needs an empty cache, got lengths {before}; call `reset()` first "
+                "(several tokens onto a non-empty cache are not supported yet)"
+            )
+
+    def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
+        """`CacheLayer.prefill` of a cache with one layer."""
+        self._only_layer("prefill").prefill(k, v, lengths)
+
+    def decode(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        v_new: Tensor,
+        scale: float | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`CacheLayer.decode` of a cache with one layer."""
+        return self._only_layer("decode").decode(q, k_new, v_new, scale, return_lse, out)
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """`CacheLayer.dequantize` of a cache with one layer."""
+        return self._only_layer("dequantize").dequantize()
+
+    def _only_layer(self, call: str) -> CacheLayer:
+        if self.num_layers != 1:
+            raise ValueError(
+                f"`cache.{call}` needs num_layers=1, got {self.num_layers}; "
+                f"use `cache.layer(i).{call}`"
+            )
+        return self._layers[0]
+
+    def reserve(self, tokens: int) -> None:
+        """Take the memory for `tokens` tokens of every sequence now.
+
+        Raises
+        ------
+        ValueError
+            `tokens` is negative or above `max_tokens`.
+        """
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+            raise ValueError(f"`tokens` must be an int of at least 0, got {tokens!r}")
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(f"`tokens` must be at most max_tokens={self.max_tokens}, got {tokens}")
+        packed = layout.packed_keys(self.cfg, tokens)
+        self._make_room([max(packed, self._packed_keys(row)) for row in range(self.batch_size)])
+
+    def reset(self) -> None:
+        """Forget all sequences; memory is kept for the next ones."""
+        self._lengths = [0] * self.batch_size
+        self._step = None
+        self.state.zero_()
+        self._pages.clear()
+        self._plan_work()
+
+    def _packed_keys(self, row: int) -> int:
+        return layout.packed_keys(self.cfg, self._lengths[row])
+
+    def _make_room(self, packed: list[int]) -> None:
+        """Own the pages for so many packed keys of every sequence, growing the pool if needed."""
+        missing = self._pages.missing(packed)
+        if missing:
+            capacity = self._pages.capacity
+            capacity += max(missing, capacity // GROWTH_SHARE)
+            for layer in self._layers:
+                layer.grow(capacity)
+            self._pages.grow(capacity)
+        width = max(layout.num_pages(self.cfg, tokens) for tokens in packed)
+        if width > self._pages.width:
+            # Room for more than one block ahead, so that steps rarely change the launch shapes.
+            self._pages.widen(width + width // 4)
+            self._size_workspace()
+            for layer in self._layers:
+                layer.bind()
+        self._pages.assign(packed)
+
+    def _size_workspace(self) -> None:
+        """Partial results for every split that a row's page table can name, and the window."""
+        splits = -(-self._pages.width * self.cfg.P // self._split) + 1
+        shape = (self.batch_size, self.cfg.H, splits)
+        self.part_acc = torch.empty(*shape, self.cfg.D, device=self.device)
+        self.part_stat = torch.empty(*shape, 2, device=self.device)
+
+    def _plan_work(self) -> None:
+        """The work list for the rows' packed values, kept while their splits are the same."""
+        packed = [layout.packed_values(self.cfg, length) for length in self._lengths]
+        threads = torch.get_num_threads()
+        key = (threads, *(-(-tokens // self._split) for tokens in packed))
+        if key != self._work_key:
+            self.work = work_list(packed, self._split, self.cfg.H_kv, threads)
+            self._work_key = key
+
+
+def _check_options(
+    num_layers: int,
+    batch_size: int,
+    max_tokens: int | None,
+    device: Any,
+    rollback: int,
+    window: str,
+) -> None:
+    """Raise one error that lists every option that breaks its rule."""
+    found = []
+    counts = {"num_layers": num_layers, "batch_size": batch_size}
+    if max_tokens is not None:
+        counts["max_tokens"] = max_tokens
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            found.append(f"`{name}` must be an int of at least 1, got {count!r}")
+    if window not in WINDOWS:
+        found.append(f"`window` must be one of {list(WINDOWS)}, got {window!r}")
+    if rollback != 0:
+        found.append(
+            f"`rollback` must be 0 (taking tokens back is not built yet), got {rollback!r}"
+        )
+    try:
+        if torch.device(device).type != "cpu":
+            found.append(f"`device` must be 'cpu' (no GPU schedules yet), got {str(device)!r}")
+    except (RuntimeError, TypeError):
+        found.append(f"`device` must be a torch device, got {device!r}")
+    if found:
+        raise UserError("; ".join(found))

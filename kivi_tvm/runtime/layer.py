@@ -1,0 +1,230 @@
+"""One layer of a cache: its pages and rings, and the kernels that read and write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kivi_tvm import layout
+from kivi_tvm.runtime.checks import INDEX_LIMIT, check_tensor, span
+
+if TYPE_CHECKING:
+    from kivi_tvm.runtime.cache import Cache
+
+# torch's uint32 lacks most operators on CPU: words are held as int32 and viewed at the call.
+_HELD_AS = {"uint32": torch.int32}
+
+
+class CacheLayer:
+    """Layer `index` of a `Cache`; `Cache.layer` gives it."""
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        self._cache = cache
+        self.index = index
+        cfg = cache.cfg
+        rings = layout.ring_buffers(cfg, cache.batch_size)
+        self._rings = {name: _empty(buffer, cache.device) for name, buffer in rings.items()}
+        self._pages: dict[str, Tensor] = {}
+        self._token_shape = (cache.batch_size, cfg.H_kv, cfg.D)
+        self._query_shape = (cache.batch_size, cfg.H, cfg.D)
+        self.grow(0)
+
+    @property
+    def packed_nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._pages.values())
+
+    @property
+    def window_nbytes(self) -> int:
+        return sum(ring.nbytes for ring in self._rings.values())
+
+    def grow(self, num_pages: int) -> None:
+        """Make every page buffer hold `num_pages` pages, one buffer at a time.
+
+        Raises
+        ------
+        ValueError
+            A buffer would have more elements than the kernels can index.
+        """
+        for name, buffer in layout.page_buffers(self._cache.cfg, num_pages).items():
+            old = self._pages.get(name)
+            new = _empty(buffer, self._cache.device)
+            if old is not None:
+                if old.shape[0] >= num_pages:
+                    continue
+                new[: old.shape[0]] = old
+            self._pages[name] = new
+        self.bind()
+
+    def bind(self) -> None:
+        """Collect the leading arguments of every kernel; after any buffer was replaced."""
+        cache = self._cache
+        words = {
+            name: buffer.view(torch.uint32) if name.endswith("code") else buffer
+            for name, buffer in self._pages.items()
+        }
+        keys = (words["k_code"], words["k_scale"], words["k_zero"])
+        values = (words["v_code"], words["v_scale"], words["v_zero"])
+        rings = (self._rings["k_ring"], self._rings["v_ring"])
+        tables = (cache.page_table, cache.state, cache.slots)
+        self._key_args = (*keys, *tables)
+        self._value_args = (*values, *tables)
+        self._fill_args = (*keys, *rings, *tables)
+        self._append_args = (*keys, *values, *rings, *tables)
+        self._attend_args = (*keys, *values, *tables)
+        self._window_args = (*rings, cache.state, cache.slots)
+
+    def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
+        """Store a prompt in an empty cache; attention over it is the caller's, exact.
+
+        Parameters
+        ----------
+        k, v : Tensor
+            `[B, H_kv, T, D]` in the model dtype, keys after RoPE, inner stride 1. Row `i`'s
+            tokens are the first `lengths[i]` ones: padding on the right, never stored.
+        lengths : sequence of int or Tensor, optional
+            `[B]`, each in `0 .. T`; default `T`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A tensor or length breaks a rule; nothing has changed.
+        RuntimeError
+            The cache is not empty, or the layer was already called in this step.
+
+        Source: paper Algorithm 1, prefill: keys `[0, T - T mod R)` and values `[0, T - R)`.
+        """
+        cache = self._cache
+        B, H_kv, D = self._token_shape
+        check_tensor("k", k, (B, H_kv, None, D), cache.dtype, cache.device)
+        check_tensor("v", v, (B, H_kv, k.shape[2], D), cache.dtype, cache.device)
+        if max(span(k[:1]), span(v[:1])) >= INDEX_LIMIT:
+            raise ValueError(
+                f"one row of `k` or `v` must span less than 2^31 elements, got {k.shape}"
+            )
+        cache.check_can_prefill()
+        step = cache.enter(self.index, k.shape[2], lengths)
+        if lengths is not None and list(map(int, lengths)) != step.lengths:
+            raise RuntimeError(f"`lengths` must be this step's {step.lengths}, got {list(lengths)}")
+        if k.shape[2]:
+            whole = max(span(k), span(v)) < INDEX_LIMIT
+            for rows in [slice(None)] if whole else [slice(b, b + 1) for b in range(B)]:
+                self._store_prompt(k[rows], v[rows], cache.slots[rows])
+        cache.leave(self.index)
+
+    def _store_prompt(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        kernels = self._cache.kernels
+        kernels["quantize_key"](*self._key_args[:-1], slots, k)
+        kernels["quantize_value"](*self._value_args[:-1], slots, v)
+        kernels["fill_window"](*self._fill_args[:-1], slots, k, v, self._cache.write_back)
+
+    def decode(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        v_new: Tensor,
+        scale: float | None = None,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Append one token per row, quantize what is due, and attend to everything stored.
+
+        Parameters
+        ----------
+        q : Tensor
+            `[B, H, D]` in the model dtype, inner stride 1.
+        k_new, v_new : Tensor
+            `[B, H_kv, D]`, the new token's key (after RoPE) and value.
+        scale : float, optional
+            Multiplies the scores; default `D ** -0.5`.
+        return_lse : bool
+            Also return the log-sum-exp of the scaled scores.
+        out : Tensor, optional
+            `[B, H, D]`, receives the result.
+
+        Returns
+        -------
+        out : Tensor
+            `[B, H, D]` in the model dtype.
+        lse : Tensor
+            `[B, H]` float32, natural log; only with `return_lse`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument breaks a rule; nothing has changed.
+        RuntimeError
+            The layer was already called in this step.
+
+        Source: paper Algorithm 1, decoding; a key block is quantized before the attention of the
+        step that completes it.
+        """
+        self._check_decode(q, k_new, v_new, out)
+        cache = self._cache
+        scale = cache.cfg.D**-0.5 if scale is None else float(scale)
+        cache.enter(self.index, 1)
+        if out is None:
+            out = torch.empty(self._query_shape, dtype=cache.dtype, device=cache.device)
+        lse = torch.empty_like(cache.lse) if return_lse else cache.lse
+        kernels, parts = cache.kernels, (cache.part_acc, cache.part_stat)
+        kernels["append"](*self._append_args, k_new, v_new, cache.cfg.R, cache.write_back)
+        if len(cache.work):
+            kernels["attend"](*self._attend_args, cache.work, q, scale, *parts)
+        kernels["attend_window"](*self._window_args, q, scale, *parts)
+        kernels["combine"](cache.state, cache.slots, *parts, out, lse)
+        cache.leave(self.index)
+        return (out, lse) if return_lse else out
+
+    def _check_decode(self, q: Tensor, k_new: Tensor, v_new: Tensor, out: Tensor | None) -> None:
+        dtype, device = self._cache.dtype, self._cache.device
+        for name, x, shape in (
+            ("q", q, self._query_shape),
+            ("k_new", k_new, self._token_shape),
+            ("v_new", v_new, self._token_shape),
+            ("out", q if out is None else out, self._query_shape),
+        ):
+            if not (
+                isinstance(x, Tensor)
+                and x.shape == shape
+                and x.dtype is dtype
+                and x.device == device
+                and x.stride(-1) == 1
+                and not x.requires_grad
+            ):
+                check_tensor(name, x, shape, dtype, device)
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """What attention sees, dense: dequantized tokens, then the window.
+
+        Returns
+        -------
+        k, v : Tensor
+            `[B, H_kv, L, D]` in the model dtype, `L` the longest row; shorter rows end in zeros.
+        """
+        cache = self._cache
+        lengths = cache.lengths
+        B, H_kv, D = self._token_shape
+        k = torch.zeros(B, H_kv, max(lengths), D, dtype=cache.dtype, device=cache.device)
+        v = torch.zeros_like(k)
+        if max(lengths):
+            cache.kernels["dequantize_key"](*self._key_args, k)
+            cache.kernels["dequantize_value"](*self._value_args, v)
+        for row, length in enumerate(lengths):
+            window = torch.arange(layout.packed_values(cache.cfg, length), length)
+            for dense, ring in ((k, self._rings["k_ring"]), (v, self._rings["v_ring"])):
+                dense[row, :, window] = ring[row, :, window % ring.shape[2]]
+        return k, v
+
+
+def _empty(buffer: layout.Buffer, device: torch.device) -> Tensor:
+    """Uninitialized memory for a buffer; kernels never read what was not written."""
+    dtype = _HELD_AS.get(buffer.dtype) or getattr(torch, buffer.dtype)
+    found = torch.empty(buffer.shape, dtype=dtype, device=device)
+    if found.numel() >= INDEX_LIMIT:
+        raise ValueError(
+            f"a page buffer must have less than 2^31 elements, got {buffer.shape}; "
+            "use fewer sequences or several caches"
+        )
+    return found

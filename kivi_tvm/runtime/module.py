@@ -1,0 +1,191 @@
+"""A compiled module: built or loaded once, the maker of caches."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kivi_tvm.artifact import ArtifactError, Manifest, read_artifact, write_artifact
+from kivi_tvm.artifact_cache import CacheUnavailable, announce, cached
+from kivi_tvm.cache_key import cache_name
+from kivi_tvm.config import KiviConfig
+from kivi_tvm.errors import UserError
+from kivi_tvm.host import find_cxx
+from kivi_tvm.runtime.cache import Cache
+from kivi_tvm.runtime.library import Library, open_library, set_thread_defaults
+
+if TYPE_CHECKING:
+    from tvm.target import Target
+
+    from kivi_tvm.compile import CompiledKernels
+
+Device = Any  # torch.device or what torch.device() takes
+
+
+class Module:
+    """The compiled kernels of one configuration; `build` and `load` make it.
+
+    Attributes
+    ----------
+    cfg : KiviConfig
+    source : str
+        "compiled" (this call compiled it), "cache" (the per-user cache had it), "file" (`load`)
+        or "in-process" (compiled without a file: see `build`).
+    """
+
+    def __init__(
+        self,
+        cfg: KiviConfig,
+        library: Library,
+        manifest: Manifest,
+        source: str,
+        kernels: CompiledKernels | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.source = source
+        self.library = library
+        self._manifest = replace(manifest, config=cfg.to_dict())
+        self._kernels = kernels
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the kernels are: key, target, versions, and per kernel "tuned" or "default"."""
+        return self._manifest.to_dict()
+
+    def __repr__(self) -> str:
+        key = self._manifest.key.slug
+        return f"Module({key}, H={self.cfg.H}, H_kv={self.cfg.H_kv}, source={self.source!r})"
+
+    def save(self, path: str | Path) -> None:
+        """Write NAME.so and NAME.json, to be loaded where there is no compiler.
+
+        Raises
+        ------
+        ArtifactError
+            The name does not end in .so, or its directory does not exist.
+        UserError
+            The kernels were compiled in process and there is no C++ compiler to link them.
+        """
+        if self._kernels is None:
+            origin = Path(self.library.origin)
+            write_artifact(Path(path), self._manifest, lambda to: shutil.copyfile(origin, to))
+            return
+        if find_cxx() is None:
+            raise UserError("saving kernels that were compiled in process needs a C++ compiler")
+        write_artifact(Path(path), self._manifest, self._kernels.export)
+
+    def new_cache(
+        self,
+        num_layers: int = 1,
+        batch_size: int = 1,
+        max_tokens: int | None = None,
+        device: Device = "cpu",
+        rollback: int = 0,
+        window: str = "kivi",
+    ) -> Cache:
+        """An empty cache.
+
+        Parameters
+        ----------
+        num_layers : int
+            Layers that share page table and lengths. With 1, `prefill`, `decode` and
+            `dequantize` may be called on the cache itself.
+        batch_size : int
+            Sequences.
+        max_tokens : int or None
+            Tokens per sequence beyond which a step raises; None: limited by memory alone.
+            Memory grows with what is stored; `Cache.reserve` takes it at once.
+        device : str or torch.device
+            "cpu".
+        rollback : int
+            Tokens that can be taken back exactly; only 0 is supported yet.
+        window : str
+            "kivi" (a flushed key block is seen dequantized at once, Algorithm 1) or "exact" (its
+            keys stay exact until their values leave the window).
+
+        Raises
+        ------
+        ValueError
+            An argument breaks its rule; the message lists every one that does.
+        """
+        return Cache(self, num_layers, batch_size, max_tokens, device, rollback, window)
+
+
+def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") -> Module:
+    """Compiled kernels for `cfg`, from the per-user cache or compiled now.
+
+    Where the cache directory cannot be written or no C++ compiler exists, the kernels are compiled
+    in process and a line on stderr says so.
+
+    Parameters
+    ----------
+    cfg : KiviConfig
+    target : str, mapping or Target
+        "native" (this machine's CPU), or an LLVM target of this architecture as TVM takes it.
+
+    Raises
+    ------
+    TypeError
+        `cfg` is not a KiviConfig.
+    UserError
+        The target is unknown, or kernels for it cannot be built.
+    """
+    if not isinstance(cfg, KiviConfig):
+        raise TypeError(f"`cfg` must be a KiviConfig, got {cfg!r}")
+    set_thread_defaults()
+    from kivi_tvm import targets
+
+    resolved = targets.resolve(target)
+    if find_cxx() is None:
+        return _in_process(cfg, resolved, "no C++ compiler was found (set CXX or install g++)")
+    key = cfg.kernel_key()
+    name = cache_name(key, targets.as_dict(resolved), targets.required_cpu_flags(resolved))
+
+    def make(path: Path) -> None:
+        kernels = _compile(cfg, resolved)
+        write_artifact(path, kernels.manifest(), kernels.export)
+
+    try:
+        entry = cached(name, make)
+    except CacheUnavailable as error:
+        return _in_process(cfg, resolved, str(error))
+    source = "cache" if entry.hit else "compiled"
+    return Module(cfg, open_library(entry.path), entry.manifest, source)
+
+
+def load(path: str | Path) -> Module:
+    """A module that `Module.save` wrote, checked completely before its library is opened.
+
+    Needs tvm-ffi and TVM's runtime library, not the compiler.
+
+    Raises
+    ------
+    ArtifactError
+        Anything is missing, damaged or made for another machine, format or version; the message
+        lists every reason.
+    """
+    library, manifest = read_artifact(Path(path))
+    if manifest.config is None:
+        raise ArtifactError(f"cannot load {library}: its manifest names no configuration")
+    return Module(KiviConfig(**manifest.config), open_library(library), manifest, "file")
+
+
+def _compile(cfg: KiviConfig, target: Target) -> CompiledKernels:
+    announce(f"compiling kernels {cfg.kernel_key().slug} (once; a few seconds)")
+    from kivi_tvm.compile import compile_kernels
+
+    start = time.perf_counter()
+    kernels = compile_kernels(cfg.kernel_key(), target)
+    announce(f"compiled {len(kernels.sources)} kernels in {time.perf_counter() - start:.1f} s")
+    return kernels
+
+
+def _in_process(cfg: KiviConfig, target: Target, reason: str) -> Module:
+    announce(f"{reason}; kernels are compiled in process, for this process alone")
+    kernels = _compile(cfg, target)
+    library = Library(kernels.executable, "in-process")
+    return Module(cfg, library, kernels.manifest(), "in-process", kernels)
