@@ -1,4 +1,4 @@
-"""From a kernel key and a target to compiled functions: operators, schedules, TVM's code generator."""
+"""From a kernel key and a target to compiled functions: operators, schedules, code generator."""
 
 from __future__ import annotations
 

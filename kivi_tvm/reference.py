@@ -95,7 +95,7 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     group_size = q.code.shape[dim] // q.scale.shape[dim]
     scale = q.scale.float().repeat_interleave(group_size, dim)
     zero = q.zero.float().repeat_interleave(group_size, dim)
-    return q.code.float() * scale + zero
+    return q.code.float().mul(scale).add(zero)
 
 
 def pack(code: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:

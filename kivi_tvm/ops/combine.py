@@ -21,8 +21,8 @@ def combine(key: KernelKey):
     -------
     PrimFunc
         `(state [S, 4], slots [B], part_acc [B, H, X + 1, D], part_stat [B, H, X + 1, 2],
-        out [B, H, D], lse [B, H] float32)`. Entries `0 .. ceil(packed_values / split_tokens)` and the
-        last one are read. Rows with slot -1 give out 0 and lse -inf.
+        out [B, H, D], lse [B, H] float32)`. The row's `ceil(packed_values / split_tokens)` first
+        entries and the last one are read. Rows with slot -1 give out 0 and lse -inf.
     """
     D, SPLIT = key.head_dim, key.split_tokens
 

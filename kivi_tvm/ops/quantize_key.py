@@ -10,7 +10,7 @@ from kivi_tvm.ops.quantize import code_of, non_finite, scale_of, zero_of
 
 
 def key_group_blocks(key: KernelKey):
-    """The blocks that turn `x [G, D]` float32 into `scale [D]`, `zero [D]` and `word [D / W, G]`."""
+    """The blocks that turn `x [G, D]` float32 into `scale, zero [D]` and `word [D / W, G]`."""
     D, G, W, bits = key.head_dim, key.key_group_size, key.key_codes_per_word, key.key_bits
     order = pack_order(key.pack_order, bits)
 

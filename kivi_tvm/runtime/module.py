@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class Module:
         """
         if self._kernels is None:
             origin = Path(self.library.origin)
-            write_artifact(Path(path), self._manifest, lambda to: shutil.copyfile(origin, to))
+            write_artifact(Path(path), self._manifest, partial(_copy, origin))
             return
         if find_cxx() is None:
             raise UserError("saving kernels that were compiled in process needs a C++ compiler")
@@ -172,6 +173,10 @@ def load(path: str | Path) -> Module:
     if manifest.config is None:
         raise ArtifactError(f"cannot load {library}: its manifest names no configuration")
     return Module(KiviConfig(**manifest.config), open_library(library), manifest, "file")
+
+
+def _copy(origin: Path, to: Path) -> None:
+    shutil.copyfile(origin, to)
 
 
 def _compile(cfg: KiviConfig, target: Target) -> CompiledKernels:

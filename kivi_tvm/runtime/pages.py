@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.layout import NO_PAGE, num_pages
