@@ -35,10 +35,16 @@ LINKS = ("schedules", "model_export", "tuning_logs")  # rglob does not descend i
 FILES = sorted({p for d in ("", *LINKS) for p in (PACKAGE / d).rglob("*.py")})
 
 
+def is_lazy(node):
+    """Tell whether what is below `node` does not run at import: functions, typing."""
+    typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return typing or isinstance(node, ast.FunctionDef)
+
+
 def imports(path):
     """Yield (dotted name, at import time) of everything that a file imports."""
     tree = ast.parse(path.read_text())
-    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    lazy = {n for f in ast.walk(tree) if is_lazy(f) for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node not in lazy) for alias in node.names)
