@@ -1,0 +1,1 @@
+"""What `kivi-tvm demo` does: weights, prompt, generation and the table at its end."""
