@@ -41,8 +41,7 @@ class KiviCache(LimitedCache):
     window : str
         "kivi" (Algorithm 1) or "exact" (keys of the window stay exact after a flush).
     max_tokens : int or None
-        Tokens per row for which memory is taken at once and beyond which a step raises; None
-        grows as needed.
+        Tokens per row, padding not counted, beyond which a step raises; None: no limit.
     target : str, dict or None
         What to compile for; by default "native" on CPU and "cuda" on a GPU.
 

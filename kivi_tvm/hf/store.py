@@ -91,6 +91,11 @@ class Step:
     def lengths(self) -> list[int] | None:
         return None if self.padding is None else self.padding.lengths
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row: columns that are left after compaction."""
+        return self.tokens if self.padding is None else max(self.padding.lengths)
+
 
 @dataclass(slots=True)
 class Store:
@@ -105,7 +110,7 @@ class Store:
     def begin(self, step: Step) -> None:
         """Advance the shared state, once per forward."""
         if self.step is not step:
-            self.cache.begin(step.tokens, step.lengths)
+            self.cache.begin(step.width, step.lengths)
             self.step = step
 
     def layer(self, index: int) -> LayerStore:

@@ -1,0 +1,209 @@
+"""`KiviCache` in tiny models: what stays inside the window must equal transformers' own cache."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hf.compare import run
+from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
+from hf.torch_kivi import TorchKiviCache
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+# Float32 noise of two orders of summation; logits here are of size 1 to 10.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+STEPS = 12
+
+
+def whole(tokens, batch_size=1, seed=0):
+    """An unpadded batch."""
+    ids = prompt(tokens, batch_size, seed)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def ragged(side="left"):
+    return pad([prompt(n, seed=n)[0] for n in (5, 33, 1)], side)
+
+
+def interior():
+    """Padding at the left, inside and at the right."""
+    ids, mask = prompt(9, 2), torch.ones(2, 9, dtype=torch.long)
+    mask[0, [0, 4, 5]] = mask[1, [2, 8]] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+INPUTS = {
+    "one-token": lambda: whole(1),
+    "single": lambda: whole(40),
+    "batch": lambda: whole(17, 3),
+    "left": ragged,
+    "right": lambda: ragged("right"),
+    "interior": interior,
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_llama()
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_equals_full_precision_within_the_window(llama, name):
+    inputs = INPUTS[name]()
+    want, tokens = run(llama, DynamicCache(config=llama.config), inputs, STEPS)
+    cache = TorchKiviCache(llama.config)
+    got, _ = run(llama, cache, inputs, STEPS, tokens)
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert cache.lengths == (inputs["attention_mask"].sum(1) + STEPS).tolist()
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS
+
+
+def test_quantization_changes_the_logits(llama):
+    inputs = whole(300)
+    want, tokens = run(llama, DynamicCache(config=llama.config), inputs, 4)
+    two, _ = run(llama, TorchKiviCache(llama.config), inputs, 4, tokens)
+    eight, _ = run(llama, TorchKiviCache(llama.config, key_bits=8, value_bits=8), inputs, 4, tokens)
+    assert (two - want).norm() > 10 * (eight - want).norm() > 0
+
+
+@pytest.mark.parametrize("name", ["left", "right", "interior"])
+def test_padded_row_equals_the_row_alone(llama, name):
+    inputs = INPUTS[name]()
+    got, tokens = run(llama, TorchKiviCache(llama.config), inputs, STEPS)
+    for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"])):
+        ids = ids[mask.bool()][None]
+        alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        want, _ = run(llama, TorchKiviCache(llama.config), alone, STEPS, tokens[i : i + 1])
+        torch.testing.assert_close(got[:, i], want[:, 0], **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 20}])
+@pytest.mark.parametrize("make", [lambda: whole(40), ragged], ids=["single", "left"])
+def test_generate_equals_transformers(llama, make, options):
+    outputs = []
+    for cache in (DynamicCache(config=llama.config), TorchKiviCache(llama.config)):
+        torch.manual_seed(3)
+        outputs.append(
+            llama.generate(**make(), past_key_values=cache, max_new_tokens=STEPS, **options)
+        )
+    assert torch.equal(*outputs)
+
+
+def test_generate_several_sequences(llama):
+    cache = TorchKiviCache(llama.config)
+    out = llama.generate(
+        **whole(7), past_key_values=cache, max_new_tokens=5, do_sample=True, num_return_sequences=3
+    )
+    assert out.shape == (3, 12)
+    assert cache.lengths == [11] * 3
+
+
+def test_early_end_of_sequence_in_a_batch(llama):
+    greedy = llama.generate(**ragged(), max_new_tokens=STEPS, do_sample=False)
+    end = {"eos_token_id": int(greedy[0, 36]), "pad_token_id": 0}
+    want = llama.generate(**ragged(), max_new_tokens=STEPS, do_sample=False, **end)
+    cache = TorchKiviCache(llama.config)
+    got = llama.generate(
+        **ragged(), past_key_values=cache, max_new_tokens=STEPS, do_sample=False, **end
+    )
+    assert torch.equal(got, want)
+
+
+def test_no_cache_and_other_caches_equal_sdpa_exactly():
+    model, inputs = tiny_llama(), ragged()
+    with torch.no_grad():
+        ours = model(**inputs, use_cache=False).logits
+        own, tokens = run(model, DynamicCache(config=model.config), inputs, STEPS)
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(ours, model(**inputs, use_cache=False).logits)
+        want, _ = run(model, DynamicCache(config=model.config), inputs, STEPS, tokens)
+    assert torch.equal(own, want)
+
+
+@pytest.mark.parametrize("first", ["sliding_attention", "full_attention"])
+def test_hybrid_model_keeps_its_sliding_layers(first):
+    second = {"sliding_attention": "full_attention", "full_attention": "sliding_attention"}[first]
+    config = Qwen3Config(
+        **TINY, layer_types=[first, second], sliding_window=16, use_sliding_window=True
+    )
+    model, inputs = prepare(Qwen3ForCausalLM(config)), ragged()
+    want, tokens = run(model, DynamicCache(config=config), inputs, STEPS)
+    cache = TorchKiviCache(config)
+    for _ in range(2):
+        got, _ = run(model, cache, inputs, STEPS, tokens)
+        torch.testing.assert_close(got, want, **CLOSE)
+        assert cache.report()["layers"] == {"kivi": 1, "DynamicSlidingWindowLayer": 1}
+        cache.reset()
+
+
+def test_layers_of_different_geometry_get_their_own_cache():
+    changes = {"per_layer_config": {1: {"num_key_value_heads": 1}}}
+    model, inputs = tiny_llama(num_hidden_layers=3, **changes), ragged()
+    want, tokens = run(model, DynamicCache(config=model.config), inputs, STEPS)
+    cache = TorchKiviCache(model.config)
+    got, _ = run(model, cache, inputs, STEPS, tokens)
+    torch.testing.assert_close(got, want, **CLOSE)
+    kernels = [(k["layers"], k["num_kv_heads"]) for k in cache.report()["kernels"]]
+    assert kernels == [([0, 2], 2), ([1], 1)]
+
+
+def test_reset_starts_over_also_with_another_batch(llama):
+    cache = TorchKiviCache(llama.config)
+    for inputs in (whole(200), whole(40), ragged(), whole(3)):
+        want, tokens = run(llama, TorchKiviCache(llama.config), inputs, 3)
+        got, _ = run(llama, cache, inputs, 3, tokens)
+        assert torch.equal(got, want)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert sum(cache.lengths) == 0
+
+
+def test_what_transformers_asks_a_cache(llama):
+    cache = TorchKiviCache(llama.config, max_tokens=64)
+    assert (cache.get_seq_length(), cache.get_mask_sizes(7, 0)) == (0, (7, 0))
+    assert not cache.is_initialized
+    assert cache.batch_size == -1
+    run(llama, cache, ragged(), 2)
+    assert type(cache.get_seq_length()) is int
+    assert cache.get_mask_sizes(1, 1) == (36, 0)
+    assert cache.get_max_length() == 64
+    assert (cache.is_compileable, cache.is_croppable, cache.batch_size) == (False, False, 3)
+    assert cache.is_initialized
+    assert cache.is_sliding == [False, False]
+    cache.crop(0)
+    assert cache.get_seq_length() == 35
+
+
+def test_report_says_what_was_applied(llama):
+    cache = TorchKiviCache(llama.config, key_bits=4, window="exact")
+    assert cache.nbytes == {"total": 0}
+    run(llama, cache, whole(5), 1)
+    report = cache.report()
+    assert (report["key_bits"], report["value_bits"], report["window"]) == (4, 2, "exact")
+    assert (report["columns"], report["lengths"]) == (6, [6])
+    assert report["bytes"] == cache.nbytes == cache._stores[0].cache.nbytes
+    (kernels,) = report["kernels"]
+    assert (kernels["layers"], kernels["source"], kernels["head_dim"]) == ([0, 1], "torch", 64)
+
+
+def test_early_initialization_takes_no_memory(llama):
+    cache = TorchKiviCache(llama.config)
+    cache.early_initialization(1, 2, 64, torch.float32, torch.device("cpu"))
+    assert cache.is_initialized
+    assert cache.nbytes == {"total": 0}
+    want, tokens = run(llama, TorchKiviCache(llama.config), whole(5), 2)
+    assert torch.equal(run(llama, cache, whole(5), 2, tokens)[0], want)
+
+
+def test_dropped_cache_is_freed_at_once(llama):
+    cache = TorchKiviCache(llama.config)
+    run(llama, cache, whole(5), 1)
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
