@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Provider:
     source : str
         "default" or "tuned" schedules for ours, "peer" for others.
     calls : sequence of callables
-        One per copy; each returns `[B, H, D]` (or anything of that many elements).
+        One per copy; each returns a tensor of `B * H * D` elements in that order.
     nbytes : int
         Bytes that one call must read, by the byte model.
     expected : Tensor
@@ -40,7 +41,7 @@ class Provider:
 
     name: str
     source: str
-    calls: Sequence[Callable[[], Tensor]]
+    calls: Sequence[Callable[[], Any]]
     nbytes: int
     expected: Tensor
     tolerance: float

@@ -5,31 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from kivi_tvm.bench.overhead import LIMIT_US, Overhead
 from kivi_tvm.bench.peers import BASELINE
 from kivi_tvm.bench.record import Record
 from kivi_tvm.errors import UserError
 
-COLUMNS = ("provider", "ms", "p20-p80", "MB read", "GB/s", "of read", f"x {BASELINE}", "error")
+COLUMNS = ("provider", "ms", "p20-p80", "MB", "GB/s", "read", "speed", "error")
 
 
 def print_attention(records: Sequence[Record]) -> None:
     """One table for the records of one workload in one state."""
     first = records[0]
     environment = first.environment
-    table = Table(title=f"{first.op} {first.workload}, {first.state}", title_justify="left")
+    title = f"{first.op} {first.workload}, {first.state}"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "provider" else "right")
+        table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     baseline = next((r.timing for r in records if r.provider == BASELINE), None)
     for record in records:
         table.add_row(*_row(record, baseline.p50_us if baseline else None))
     console = Console()
     console.print(table)
     console.print(
-        f"{environment.device}, {environment.threads} threads; read bandwidth measured between "
-        f"the calls: {first.read_gb_per_s:.1f} GB/s; commit {environment.commit or 'unknown'}",
+        f"{environment.device}, {environment.threads} threads, commit "
+        f"{environment.commit or 'unknown'}; read: share of the {first.read_gb_per_s:.1f} GB/s at "
+        f"which memory was read in this run; speed: {BASELINE} is 1",
         highlight=False,
     )
 
@@ -37,8 +41,7 @@ def print_attention(records: Sequence[Record]) -> None:
 def _row(record: Record, baseline_us: float | None) -> list[str]:
     error = f"{record.error:.1e}"
     if record.timing is None:
-        reason = f"failed: error {error} above {record.tolerance:.0e}"
-        return [f"[red]{record.provider}: {reason}", *[""] * (len(COLUMNS) - 1)]
+        return [record.provider, "[red]wrong", *[""] * (len(COLUMNS) - 3), f"[red]{error}"]
     timing, rate = record.timing, record.timing.gb_per_s(record.bytes)
     return [
         record.provider,
@@ -50,6 +53,25 @@ def _row(record: Record, baseline_us: float | None) -> list[str]:
         f"{baseline_us / timing.p50_us:.2f}" if baseline_us else "",
         error,
     ]
+
+
+def print_overhead(result: Overhead) -> None:
+    """The overhead, the whole call and its kernels, in microseconds."""
+    table = Table(title=f"one decode call, {result.workload}", title_justify="left")
+    for column in ("us", "p50", "p20-p80"):
+        table.add_column(column, justify="left" if column == "us" else "right")
+    verdict = "below" if result.passed else "[red]NOT below"
+    label = f"besides kernels, {verdict} {LIMIT_US:.0f}"
+    for name, timing in ((label, result.overhead), ("whole call", result.call)):
+        table.add_row(name, f"{timing.p50_us:.1f}", f"{timing.p20_us:.1f}-{timing.p80_us:.1f}")
+    for name, time_us in result.kernels_us.items():
+        table.add_row(f"kernel {name}", f"{time_us:.1f}", "")
+    rest = result.call.p50_us - sum(result.kernels_us.values())
+    table.add_row("whole call less kernels", f"{rest:.1f}", "")
+    console = Console()
+    console.print(table)
+    environment = result.environment
+    console.print(f"{environment.device}, {environment.threads} threads", highlight=False)
 
 
 def plot_attention(records: Sequence[Record], path: Path) -> None:

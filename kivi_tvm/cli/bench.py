@@ -1,0 +1,130 @@
+"""`kivi-tvm bench`: attention against torch, and what a call costs besides its kernels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kivi_tvm.cli import COMMANDS
+from kivi_tvm.errors import UserError
+
+if TYPE_CHECKING:
+    from kivi_tvm.bench.record import Record
+    from kivi_tvm.workloads import Workload
+
+CHECK_FAILED = 1
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `bench` and its benchmarks to the command line."""
+    parser = subparsers.add_parser("bench", help=COMMANDS["bench"], description=COMMANDS["bench"])
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    attention = benchmarks.add_parser("attention", help="decode attention against torch's ways")
+    overhead = benchmarks.add_parser("overhead", help="cost of a decode call besides its kernels")
+    _add_attention_options(attention)
+    for each in (attention, overhead):
+        each.add_argument("--model", default="llama3-8b", help="geometry (default: %(default)s)")
+        each.add_argument("--bits", type=int, default=2, help="bits per code (default: 2)")
+        each.add_argument("--group-size", type=int, default=32, help="default: 32")
+        each.add_argument("--residual-length", type=int, default=128, help="default: 128")
+        each.add_argument("--dtype", default="float16", help="default: float16")
+        each.add_argument("--target", default="native", help="default: native")
+        each.add_argument("--threads", type=int, help="threads of both sides (default: torch's)")
+        each.add_argument("--rounds", type=int, default=10, help="default: 10")
+        each.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_attention_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[4096, 32768], help="default: 4096 32768"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
+    parser.add_argument("--data", default="normal", help="kind of inputs (default: normal)")
+    parser.add_argument(
+        "--state",
+        nargs="+",
+        choices=("cold", "warm"),
+        default=["cold"],
+        help="cold (default): caches that together exceed L3, in turn; warm: one cache",
+    )
+    parser.add_argument("--peers", nargs="*", help="names of peers (default: bf16 and fp32 ones)")
+    parser.add_argument("--output", type=Path, help="append the records to this JSONL file")
+    parser.add_argument("--plot", type=Path, help="write a plot to this file (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 if a result is wrong or the overhead above its limit."""
+    import torch
+
+    for name in ("rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"`--{name}` must be at least 1, got {value}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        return {"attention": _attention, "overhead": _overhead}[args.benchmark](args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    """The workload of the options that all benchmarks share, checked as a whole."""
+    from kivi_tvm.workloads import MODELS
+
+    if args.model not in MODELS:
+        raise UserError(f"`--model` must be one of {list(MODELS)}, got {args.model!r}")
+    options = {
+        "key_bits": args.bits,
+        "value_bits": args.bits,
+        "group_size": args.group_size,
+        "residual_length": args.residual_length,
+        "dtype": args.dtype,
+    }
+    return _changed(MODELS[args.model], options)
+
+
+def _changed(workload: Workload, options: dict[str, Any]) -> Workload:
+    """`workload` with other fields; a combination that does not fit is the user's error."""
+    try:
+        changed = replace(workload, **options)
+        _ = changed.cfg
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return changed
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from kivi_tvm.bench import attention, peers, record, report
+
+    base = _changed(_workload(args), {"batch_size": args.batch_size, "data": args.data})
+    workloads = [_changed(base, {"tokens": tokens}) for tokens in args.tokens]
+    names = peers.DEFAULT_PEERS if args.peers is None else args.peers
+    records: list[Record] = []
+    for workload in workloads:
+        for state in args.state:
+            records += attention.run(workload, state, names, args.rounds, args.target)
+            if not args.json:
+                report.print_attention(records[-1 - len(names) :])
+    if args.output:
+        record.append_jsonl(args.output, records)
+    if args.plot:
+        report.plot_attention(records, args.plot)
+    if args.json:
+        plain = [each.to_dict() for each in records]
+        print(json.dumps({"benchmark": "attention", "records": plain}))
+    return 0 if all(each.passed for each in records) else CHECK_FAILED
+
+
+def _overhead(args: argparse.Namespace) -> int:
+    from kivi_tvm.bench import overhead, report
+
+    result = overhead.run(_workload(args), args.rounds, args.target)
+    if args.json:
+        print(json.dumps({"benchmark": "overhead"} | result.to_dict()))
+    else:
+        report.print_overhead(result)
+    return 0 if result.passed else CHECK_FAILED
