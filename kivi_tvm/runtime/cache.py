@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,11 +27,10 @@ GROWTH_SHARE = 32
 
 @dataclass(slots=True)
 class Step:
-    """A forward under way: how many tokens it adds, and which layers are still to come."""
+    """A forward under way: the tokens it adds to each row, and the layers still to come."""
 
-    tokens: int
     lengths: list[int]
-    todo: set[int] = field(default_factory=set)
+    todo: set[int]
 
 
 class Cache:
@@ -73,6 +72,7 @@ class Cache:
         self.lse = torch.empty(batch_size, cfg.H, device=self.device)
         self._size_workspace()
         self._layers = [CacheLayer(self, index) for index in range(num_layers)]
+        self._in_use = set(range(num_layers))
 
     @property
     def num_layers(self) -> int:
@@ -158,10 +158,10 @@ class Cache:
         self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
         self._lengths = after
         self._plan_work()
-        self._step = Step(n, added, set(range(self.num_layers)))
+        self._step = Step(added, set(self._in_use))
 
-    def enter(self, index: int, n: int, lengths: Sequence[int] | Tensor | None = None) -> Step:
-        """Layer `index`'s part of the step, which is begun if none is open.
+    def enter(self, index: int, n: int, lengths: Sequence[int] | Tensor | None = None) -> None:
+        """Layer `index` joins the step with `n` tokens per row; it is begun if none is open.
 
         Raises
         ------
@@ -170,22 +170,34 @@ class Cache:
         """
         if self._step is None:
             self.begin(n, lengths)
-        step = self._step
-        assert step is not None
-        if index not in step.todo:
+            return
+        if index not in self._step.todo:
             raise RuntimeError(
-                f"layer {index} was already called in this step; still to come: {sorted(step.todo)}"
+                f"layer {index} was already called in this step; still to come: "
+                f"{sorted(self._step.todo)}"
             )
-        if n != step.tokens:
-            raise RuntimeError(f"this step adds {step.tokens} tokens per row, got {n}")
-        return step
+        added = check_lengths(lengths, self.batch_size, n)
+        if added != self._step.lengths:
+            raise RuntimeError(f"this step adds {self._step.lengths} tokens per row, got {added}")
 
     def leave(self, index: int) -> None:
         """Layer `index` is done; the last one ends the step."""
-        assert self._step is not None
-        self._step.todo.discard(index)
-        if not self._step.todo:
-            self._step = None
+        if self._step is not None:
+            self._step.todo.discard(index)
+            if not self._step.todo:
+                self._step = None
+
+    def drop_layer(self, index: int) -> None:
+        """Free layer `index` for good: steps go on without it.
+
+        Raises
+        ------
+        IndexError
+            There is no such layer.
+        """
+        self.layer(index).free()
+        self._in_use.discard(index)
+        self.leave(index)
 
     def check_can_prefill(self) -> None:
         """Raise unless every row was empty before the step."""
@@ -258,16 +270,16 @@ class Cache:
         if missing:
             capacity = self._pages.capacity
             capacity += max(missing, capacity // GROWTH_SHARE)
-            for layer in self._layers:
-                layer.grow(capacity)
+            for index in self._in_use:
+                self._layers[index].grow(capacity)
             self._pages.grow(capacity)
         width = max(layout.num_pages(self.cfg, tokens) for tokens in packed)
         if width > self._pages.width:
             # Room for more than one block ahead, so that steps rarely change the launch shapes.
             self._pages.widen(width + width // 4)
             self._size_workspace()
-            for layer in self._layers:
-                layer.bind()
+            for index in self._in_use:
+                self._layers[index].bind()
         self._pages.assign(packed)
 
     def _size_workspace(self) -> None:

@@ -58,6 +58,10 @@ class CacheLayer:
             self._pages[name] = new
         self.bind()
 
+    def free(self) -> None:
+        """Give up pages and rings; the layer cannot be used again."""
+        self._pages, self._rings = {}, {}
+
     def bind(self) -> None:
         """Collect the leading arguments of every kernel; after any buffer was replaced."""
         cache = self._cache
@@ -105,9 +109,7 @@ class CacheLayer:
                 f"one row of `k` or `v` must span less than 2^31 elements, got {k.shape}"
             )
         cache.check_can_prefill()
-        step = cache.enter(self.index, k.shape[2], lengths)
-        if lengths is not None and list(map(int, lengths)) != step.lengths:
-            raise RuntimeError(f"`lengths` must be this step's {step.lengths}, got {list(lengths)}")
+        cache.enter(self.index, k.shape[2], lengths)
         if k.shape[2]:
             whole = max(span(k), span(v)) < INDEX_LIMIT
             for rows in [slice(None)] if whole else [slice(b, b + 1) for b in range(B)]:
