@@ -95,7 +95,7 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     group_size = q.code.shape[dim] // q.scale.shape[dim]
     scale = q.scale.float().repeat_interleave(group_size, dim)
     zero = q.zero.float().repeat_interleave(group_size, dim)
-    return q.code.float().mul(scale).add(zero)
+    return q.code.float() * scale + zero
 
 
 def pack(code: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:
@@ -134,7 +134,7 @@ def unpack(words: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:
     rule = layout.pack_order(order, bits)
     element = torch.arange(words.shape[dim] * rule.codes_per_word)
     wide = words.movedim(dim, -1).long()[..., rule.word(element)]
-    code = (wide >> rule.shift(rule.slot(element))) & rule.code_mask
+    code: Tensor = (wide >> rule.shift(rule.slot(element))) & rule.code_mask
     return code.to(torch.uint8).movedim(-1, dim)
 
 
