@@ -150,14 +150,13 @@ class KiviCache(LimitedCache):
         store = next((s for s in self._stores if index in s.members), None)
         if store is not None and store.geometry == geometry:
             return store
-        if store is not None and self.layers[index].columns:
-            raise ValueError(
-                f"query and key of layer {index} must stay {store.geometry}, got {geometry}"
-            )
-        if store is not None and self._step is None:
+        if store is not None and self._step is None and not self.layers[index].columns:
             self._stores.clear()  # another batch after `reset`
         elif store is not None:
-            store.leave(index)
+            raise NotImplementedError(
+                f"query and key of layers {store.members} must be alike, got {geometry} in layer "
+                f"{index} after {store.geometry}"
+            )
         return self._new_store(index, geometry)
 
     def _new_store(self, index: int, geometry: Geometry) -> Store:

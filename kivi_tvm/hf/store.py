@@ -117,15 +117,11 @@ class Store:
         layer: LayerStore = self.cache.layer(self.members.index(index))
         return layer
 
-    def leave(self, index: int) -> None:
-        """Give up the part of layer `index`, whose tensors turned out to differ."""
-        self.members[self.members.index(index)] = -1
-
     def describe(self) -> dict[str, Any]:
         """For the report: layers served, geometry, and where the kernels came from."""
         shape = self.geometry
         return {
-            "layers": [i for i in self.members if i >= 0],
+            "layers": self.members,
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,

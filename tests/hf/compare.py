@@ -64,12 +64,12 @@ class Comparison:
 
 
 def compare(got: Tensor, want: Tensor) -> Comparison:
-    """Compare logits `[steps, B, vocabulary]` position by position.
+    """Compare logits `[..., vocabulary]` position by position.
 
     A position is fine when its relative L2 is under `MAX_ERROR`, and its top-1 is equal or the
     reference's margin between first and second is within `MARGIN` times the largest difference.
     """
-    got, want = got.double().flatten(0, 1), want.double().flatten(0, 1)
+    got, want = got.double().flatten(0, -2), want.double().flatten(0, -2)
     error = (got - want).norm(dim=1) / want.norm(dim=1)
     first, second = want.topk(2, dim=1).values.unbind(1)
     clear = first - second > MARGIN * (got - want).abs().amax(1)

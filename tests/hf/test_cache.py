@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hf.compare import run
 from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
 from hf.torch_kivi import TorchKiviCache
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+
+from kivi_tvm.hf.attention import kivi_attention_forward
 
 # Float32 noise of two orders of summation; logits here are of size 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -32,6 +35,16 @@ def interior():
     ids, mask = prompt(9, 2), torch.ones(2, 9, dtype=torch.long)
     mask[0, [0, 4, 5]] = mask[1, [2, 8]] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def states(tokens, H_kv):
+    return torch.randn(1, 4, tokens, 64), *torch.randn(2, 1, H_kv, tokens, 64)
+
+
+def attend(cache, layer, q, k, v):
+    """One layer's step, as a model makes it."""
+    module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1])
+    return kivi_attention_forward(module, q, *cache.update(k, v, layer), None)[0]
 
 
 INPUTS = {
@@ -139,14 +152,26 @@ def test_hybrid_model_keeps_its_sliding_layers(first):
 
 
 def test_layers_of_different_geometry_get_their_own_cache():
-    changes = {"per_layer_config": {1: {"num_key_value_heads": 1}}}
-    model, inputs = tiny_llama(num_hidden_layers=3, **changes), ragged()
-    want, tokens = run(model, DynamicCache(config=model.config), inputs, STEPS)
-    cache = TorchKiviCache(model.config)
-    got, _ = run(model, cache, inputs, STEPS, tokens)
-    torch.testing.assert_close(got, want, **CLOSE)
+    per_layer = {1: {"num_key_value_heads": 1}}
+    config = LlamaConfig(**{**TINY, "num_hidden_layers": 3}, per_layer_config=per_layer)
+    cache = TorchKiviCache(config)
+    for tokens in (5, 1, 1):
+        for layer, H_kv in enumerate((2, 1, 2)):
+            attend(cache, layer, *states(tokens, H_kv))
     kernels = [(k["layers"], k["num_kv_heads"]) for k in cache.report()["kernels"]]
     assert kernels == [([0, 2], 2), ([1], 1)]
+    assert [store.cache.lengths for store in cache._stores] == [[7], [7]]
+
+
+def test_layers_unlike_their_configuration():
+    cache = TorchKiviCache(LlamaConfig(**TINY))
+    attend(cache, 0, *states(5, 2))
+    with pytest.raises(NotImplementedError, match=r"layers \[0, 1\] must be alike, got .* layer 1"):
+        attend(cache, 1, *states(5, 1))
+    cache.reset()
+    attend(cache, 0, *states(5, 1))
+    attend(cache, 1, *states(5, 1))
+    assert cache.lengths == [5]
 
 
 def test_reset_starts_over_also_with_another_batch(llama):

@@ -133,9 +133,7 @@ def test_attention_not_set_with_one_layer_is_noticed_before_decoding():
     model = tiny_llama(num_hidden_layers=1)
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="layer 0 did not go through"):
-        model.generate(
-            prompt(5), past_key_values=TorchKiviCache(model.config), max_new_tokens=3
-        )
+        model.generate(prompt(5), past_key_values=TorchKiviCache(model.config), max_new_tokens=3)
 
 
 # Options -----------------------------------------------------------------------------------------
