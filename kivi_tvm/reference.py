@@ -80,8 +80,9 @@ def quantize(x: Tensor, bits: int, group_size: int, dim: int) -> Quantized:
     low = x.amin(axis, keepdim=True)
     high = x.amax(axis, keepdim=True)
     levels = 2**bits - 1
-    zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-    scale = ((high - low) / levels).clamp(max=FLOAT16_MAX).half()
+    # Adding 0 turns -0 into 0: which of them is the minimum would depend on their order.
+    zero = (low + 0.0).clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+    scale = ((high - low) / levels + 0.0).clamp(max=FLOAT16_MAX).half()
     nan = torch.full_like(zero, math.nan)
     zero, scale = torch.where(finite, zero, nan), torch.where(finite, scale, nan)
     step = scale.float()

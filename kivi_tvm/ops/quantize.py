@@ -25,7 +25,11 @@ def non_finite(x):
 
 
 def _half(x, bad):
-    """`x` saturated to float16; NaN where `bad` is not 0."""
+    """`x` saturated to float16, -0 as 0; NaN where `bad` is not 0.
+
+    The minimum of 0 and -0 is either of them, depending on the order in which they are met.
+    """
+    x = T.Select(x == T.float32(0), T.float32(0), x)
     limit = T.float32(FLOAT16_MAX)
     half = T.Cast("float16", T.max(T.min(x, limit), -limit))
     return T.Select(bad == 0, half, T.reinterpret("float16", T.uint16(NAN_BITS)))
