@@ -12,8 +12,9 @@ import pytest
 import torch
 from hf import smollm2
 from hf.compare import MAX_ERROR, compare, run
-from hf.tape import RecordingTorchCache, ReplayingCache
+from hf.tape import RecordingTorchCache, ReplayingCache, distance
 from hf.tiny import pad, prompt, tiny_llama
+from transformers import DynamicCache
 
 from kivi_tvm.hf import KiviCache
 
@@ -88,3 +89,14 @@ def test_smollm2(bits, lengths):
     # Other passages for other rows, so that rows cannot be mistaken for each other.
     rows = [text[500 * i : 500 * i + n] for i, n in enumerate(lengths)]
     check(model, pad(rows), bits, steps=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_within_the_window(dtype):
+    model = tiny_llama().to(dtype)
+    inputs = pad([prompt(n, seed=n)[0] for n in (5, 33)])
+    want, tokens = run(model, DynamicCache(config=model.config), inputs, steps=12)
+    got, _ = run(model, KiviCache(model.config), inputs, 12, tokens)
+    # One rounding to the dtype per layer and operation: 2^-8 for bfloat16, a few of them.
+    assert distance(got.float(), want.float()) < 0.03
