@@ -45,14 +45,20 @@ def _row(record: Record, baseline_us: float | None) -> list[str]:
     timing, rate = record.timing, record.timing.gb_per_s(record.bytes)
     return [
         record.provider,
-        f"{timing.p50_us / 1e3:.3f}",
-        f"{timing.p20_us / 1e3:.3f}-{timing.p80_us / 1e3:.3f}",
-        f"{record.bytes / 1e6:.2f}",
+        _ms(timing.p50_us),
+        f"{_ms(timing.p20_us)}-{_ms(timing.p80_us)}",
+        f"{record.bytes / 1e6:.1f}",
         f"{rate:.1f}",
         f"{rate / record.read_gb_per_s:.0%}",
         f"{baseline_us / timing.p50_us:.2f}" if baseline_us else "",
         error,
     ]
+
+
+def _ms(time_us: float) -> str:
+    """Milliseconds in three digits, or all of the whole ones."""
+    time_ms = time_us / 1e3
+    return f"{time_ms:.0f}" if time_ms >= 1000 else f"{time_ms:.3g}"
 
 
 def print_overhead(result: Overhead) -> None:
@@ -86,17 +92,19 @@ def plot_attention(records: Sequence[Record], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("`--plot` needs matplotlib: pip install 'kivi-tvm[bench]'") from error
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for record in records:
         if record.timing is not None:
-            name = f"{record.provider} ({record.state})"
-            lines.setdefault(name, []).append((record.tokens, record.timing.p50_us / 1e3))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+            points = lines.setdefault((record.provider, record.state), [])
+            points.append((record.tokens, record.timing.p50_us / 1e3))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in lines))}
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    for (name, state), points in lines.items():
+        style = {"color": colors[name], "linestyle": "-" if state == "cold" else "--"}
+        axes.plot(*zip(*sorted(points)), marker="o", label=f"{name} ({state})", **style)
     axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms per decode")
     axes.set_title(f"{records[0].environment.device}, {records[0].environment.threads} threads")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)

@@ -49,7 +49,7 @@ def test_jsonl_appends_complete_lines(tmp_path, records):
 def test_table_shows_no_number_for_a_failed_check(capsys, records):
     report.print_attention(records)
     lines = capsys.readouterr().out.splitlines()
-    assert any("kivi-tvm" in line and "0.100" in line and "50%" in line for line in lines)
+    assert any("kivi-tvm" in line and "0.1 " in line and "50%" in line for line in lines)
     (broken,) = [line for line in lines if "broken" in line]
     assert broken.split() == ["broken", "wrong", "5.0e-01"]
 
