@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf.tiny import TINY
 from hf.torch_kivi import TorchKiviCache
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
 from kivi_tvm.hf.attention import kivi_attention_forward
@@ -20,12 +21,23 @@ def states(tokens=1, H=4, H_kv=2, D=64):
 
 def attend(q, k, v, **kwargs):
     module = SimpleNamespace(num_key_value_groups=2)
-    return kivi_attention_forward(module, q, k, v, None, **kwargs)
+    return kivi_attention_forward(module, q, k, v, None, **kwargs)[0]
 
 
 @pytest.fixture
 def cache():
     return TorchKiviCache(LlamaConfig(**TINY))
+
+
+def test_scaling_of_the_model():
+    cache = TorchKiviCache(LlamaConfig(**{**TINY, "num_hidden_layers": 1}))
+    q, k, v = states(5)
+    attend(q, *cache.update(k, v, 0), scaling=0.5)
+    new_q, new_k, new_v = states()
+    got = attend(new_q, *cache.update(new_k, new_v, 0), scaling=0.5)
+    k, v = torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)
+    want = scaled_dot_product_attention(new_q, k, v, scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(got, want.transpose(1, 2))
 
 
 @pytest.mark.parametrize("name", CALL_RULES)

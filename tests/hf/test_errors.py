@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 from hf.compare import run
-from hf.tiny import pad, prompt, tiny_llama
+from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
 from hf.torch_kivi import TorchKiviCache
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,17 @@ def test_several_tokens_on_a_filled_cache(llama, inputs):
     with torch.no_grad(), pytest.raises(NotImplementedError, match="got 3 tokens on top of 9"):
         llama(prompt(3, 2), past_key_values=cache)
     assert unchanged(llama, cache, inputs)
+
+
+def test_several_tokens_leave_sliding_layers_alone(inputs):
+    kinds = ["sliding_attention", "full_attention"]
+    config = Qwen3Config(**TINY, layer_types=kinds, sliding_window=16, use_sliding_window=True)
+    model = prepare(Qwen3ForCausalLM(config))
+    cache = filled(model, inputs)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="got 3 tokens on top of 9"):
+        model(prompt(3, 2), past_key_values=cache)
+    assert cache.get_seq_length() == 9
+    assert unchanged(model, cache, inputs)
 
 
 @pytest.mark.parametrize(
