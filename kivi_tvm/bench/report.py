@@ -101,8 +101,9 @@ def plot_attention(records: Sequence[Record], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for (name, state), points in lines.items():
-        style = {"color": colors[name], "linestyle": "-" if state == "cold" else "--"}
-        axes.plot(*zip(*sorted(points)), marker="o", label=f"{name} ({state})", **style)
+        x, y = zip(*sorted(points), strict=True)
+        line = "-" if state == "cold" else "--"
+        axes.plot(x, y, line, marker="o", color=colors[name], label=f"{name} ({state})")
     axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms per decode")
     axes.set_title(f"{records[0].environment.device}, {records[0].environment.threads} threads")
     axes.grid(alpha=0.3, which="both")
