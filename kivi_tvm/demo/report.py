@@ -74,7 +74,7 @@ def _bytes(result: Result) -> Any:
     from rich.table import Table
 
     table = Table()
-    table.add_column("cache bytes")
+    table.add_column("cache, in MB", no_wrap=True)
     for name in ("packed", "window", "other", "total", "float16", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     tokens = f"{result.cache.tokens:,} tokens"
@@ -85,7 +85,7 @@ def _bytes(result: Result) -> Any:
 
 def _cells(f: Footprint) -> list[str]:
     counts = (f.packed_bytes, f.window_bytes, f.other_bytes, f.total_bytes, f.fp16_bytes)
-    return [*(f"{count / 1e6:.2f} MB" for count in counts), f"{f.ratio:.2f}x"]
+    return [*(f"{count / 1e6:.2f}" for count in counts), f"{f.ratio:.2f}x"]
 
 
 def _speed(result: Result) -> str:

