@@ -19,7 +19,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 def grouped_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Matmul, softmax, matmul with the `M` query heads of a KV head as rows, scale on `q`.
 
-    The fastest way torch has on a CPU at these sizes: `[B, H_kv, M, D] @ [B, H_kv, D, T]`.
+    `[B, H_kv, M, D] @ [B, H_kv, D, T]`, softmax, `@ [B, H_kv, T, D]`.
     """
     B, _, D = q.shape
     rows = q.view(B, k.shape[1], -1, D) * D**-0.5
@@ -44,7 +44,7 @@ ALGORITHMS: dict[str, Attention] = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PEERS = [f"{algorithm}-{dtype}" for algorithm in ALGORITHMS for dtype in DTYPES]
-# float16 matmuls have no fast path on most CPUs; `--peers` adds them.
+# bfloat16 is the speed floor's, float32 the exact one; `--peers` adds float16.
 DEFAULT_PEERS = [name for name in PEERS if not name.endswith("fp16")]
 # The peer of the speed floor.
 BASELINE = "torch-matmul-bf16"
