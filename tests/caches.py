@@ -1,0 +1,87 @@
+"""What a cache holds, row by row, wherever its pages lie; and how tests feed caches."""
+
+from __future__ import annotations
+
+import torch
+from configurations import module
+from pools import assert_same_bits
+
+from kivi_tvm import layout
+
+
+def new_cache(cfg, batch_size=1, **options):
+    """A cache of the compiled configuration."""
+    return module(cfg).new_cache(batch_size=batch_size, **options)
+
+
+def buffers(cache, layer=0):
+    """The page and ring buffers of one layer by name."""
+    held = cache.layer(layer)
+    return {**held._pages, **held._rings}
+
+
+def contents(cache, row, layer=0):
+    """Everything that a row has stored, without the places where nothing was written."""
+    cfg, length = cache.cfg, cache.lengths[row]
+    held = buffers(cache, layer)
+    keys, values = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
+    pages = cache.page_table[row, : layout.num_pages(cfg, keys)].long()
+    assert (pages >= 0).all()
+    token = torch.arange(max(0, length - cfg.R), length) % cfg.R
+    found = {
+        "state": cache.state[row],
+        "k_code": _join(held["k_code"][pages], -1)[..., :keys],
+        "v_code": _join(held["v_code"][pages], -2)[:, : -(-values * cfg.value_bits // 32)],
+        "k_ring": held["k_ring"][row][:, token],
+        "v_ring": held["v_ring"][row][:, token],
+    }
+    for name in ("k_scale", "k_zero"):
+        found[name] = _join(held[name][pages], -2)[:, : keys // cfg.G_k]
+    for name in ("v_scale", "v_zero"):
+        found[name] = _join(held[name][pages], -1)[..., :values]
+    return found
+
+
+def assert_same_contents(cache, row, other, other_row, layer=0):
+    """Fail unless two rows hold the same bits."""
+    expected = contents(other, other_row, layer)
+    for name, tensor in contents(cache, row, layer).items():
+        assert_same_bits(tensor, expected[name], f"row {row} {name}")
+
+
+def snapshot(cache):
+    """Copies of all that a refused call must not change."""
+    found = {
+        f"layer {i} {name}": buffer.clone()
+        for i in range(cache.num_layers)
+        for name, buffer in buffers(cache, i).items()
+    }
+    return {**found, "state": cache.state.clone(), "page_table": cache.page_table.clone()}
+
+
+def assert_unchanged(cache, before, lengths):
+    """Fail unless the cache is what `snapshot` saw."""
+    assert cache.lengths == lengths
+    for name, tensor in snapshot(cache).items():
+        assert_same_bits(tensor, before[name], name)
+
+
+def feed(cache, inputs, steps, rows=slice(None), first=0):
+    """Decode `steps` of the inputs' steps; their outputs and log-sum-exps."""
+    found = []
+    for i in range(first, first + steps):
+        q, k, v = (x[i, rows] for x in (inputs.q, inputs.k_new, inputs.v_new))
+        found.append(cache.decode(q, k, v, return_lse=True))
+    return found
+
+
+def assert_same_outputs(found, expected, rows=slice(None), other=slice(None)):
+    """Fail unless the outputs of every step have the same bits."""
+    for step, (one, two) in enumerate(zip(found, expected, strict=True)):
+        for name, a, b in zip(("out", "lse"), one, two, strict=True):
+            assert_same_bits(a[rows], b[other], f"step {step} {name}")
+
+
+def _join(pages, dim):
+    """`[n, H_kv, ...]` pages as one tensor `[H_kv, ...]`, joined along `dim`."""
+    return torch.cat(list(pages), dim) if len(pages) else pages.new_zeros(pages.shape[1:])[..., :0]

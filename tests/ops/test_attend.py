@@ -1,0 +1,110 @@
+"""`attend` over permuted, poisoned pages against float64 attention on the same codes."""
+
+import pytest
+import torch
+from configurations import CONFIGS, FEW, config_id, library, with_window
+from inputs import ATTENDED_DATA, draw, strided
+from ops.partials import Partials
+from pools import Pool
+from tolerance import FLAT_FLOAT32
+
+NAMES = ("k_code", "k_scale", "k_zero", "v_code", "v_scale", "v_zero", "table", "state", "slots")
+
+
+def work_items(pool, split):
+    """(row, split) of every active row, in an odd order and with idle items between."""
+    items = [
+        (row, index)
+        for row, _, length in pool.active()
+        for index in range(-(-max(0, length - pool.cfg.R) // split))
+    ]
+    idle = [(-1, 0)]
+    return torch.tensor(idle + items[::-1] + idle, dtype=torch.int32)
+
+
+def attended(cfg, pool, q, scale, work):
+    entries = int(work[:, 1].max()) + 3
+    parts = Partials(cfg, len(pool.lengths), entries)
+    library(cfg)["attend"](*pool.args(*NAMES), work, q, scale, *parts.args)
+    return parts
+
+
+def check(cfg, lengths, data="normal", scale=None, view=strided, bound=None):
+    inputs = draw(cfg, max(n or 0 for n in lengths), lengths, data=data)
+    scale = cfg.D**-0.5 if scale is None else scale
+    pool = Pool(cfg, lengths)
+    pool.store_keys(inputs.k)
+    pool.store_values(inputs.v)
+    split = cfg.kernel_key().split_tokens
+    parts = attended(cfg, pool, view(inputs.q[0]), scale, work_items(pool, split))
+    written = dict.fromkeys(range(len(lengths)), 0)
+    for row, _, _ in pool.active():
+        k, v = pool.dense_keys(inputs.k, row), pool.dense_values(inputs.v, row)
+        tokens = v.shape[1]
+        for index, first in enumerate(range(0, tokens, split)):
+            part = slice(first, min(first + split, tokens))
+            parts.assert_equals_softmax(
+                row, index, inputs.q[0, row], k[:, part], v[:, part], scale, bound
+            )
+            written[row] += 1
+    for row, count in written.items():
+        parts.assert_untouched(row, slice(count, None))
+    return pool, inputs, parts
+
+
+@pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+def test_ragged_rows(cfg, data):
+    R, split = cfg.R, cfg.kernel_key().split_tokens
+    check(cfg, [500, None, R + 1, R + 31, 0, R, R + split + 63], data)
+
+
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_flat_softmax_over_zero_mean_values(cfg):
+    check(cfg, [500, cfg.R + 2000], "flat", bound=FLAT_FLOAT32)
+
+
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+@pytest.mark.parametrize("packed", [31, 33, 63, 500, 513])
+def test_odd_packed_counts(cfg, packed):
+    check(cfg, [cfg.R + packed], view=torch.Tensor.contiguous)
+
+
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+@pytest.mark.parametrize("scale", [0.0, 0.01, -0.05])
+def test_any_softmax_scale(cfg, scale):
+    check(cfg, [cfg.R + 200], scale=scale)
+
+
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_a_split_has_the_same_bits_in_any_company_and_order(cfg):
+    """Slots, pages, neighbours and the order of the work list change nothing."""
+    R = cfg.R
+    lengths = [R + 700, None, R + 31, R + 1200]
+    pool, inputs, parts = check(cfg, lengths)
+    for row, _, length in pool.active():
+        alone = Pool(cfg, [length], seed=1)
+        alone.store_keys(inputs.k[row : row + 1])
+        alone.store_values(inputs.v[row : row + 1])
+        work = work_items(alone, cfg.kernel_key().split_tokens)
+        work = work[torch.randperm(len(work), generator=torch.Generator().manual_seed(row))]
+        q = inputs.q[0, row : row + 1].contiguous()
+        found = attended(cfg, alone, q, cfg.D**-0.5, work)
+        count = int((work[:, 0] >= 0).sum())
+        for one, other in zip(found.args, parts.args, strict=True):
+            assert torch.equal(one[0, :, :count], other[row, :, :count])
+
+
+def test_window_and_packed_counts_are_run_time_values():
+    """The same kernels serve another window; nothing derives boundaries from `L - R`."""
+    cfg = with_window(FEW[0], 32)
+    check(cfg, [500, 33])
+    inputs = draw(cfg, 400)
+    pool = Pool(cfg, [400])
+    pool.store_keys(inputs.k)
+    pool.store_values(inputs.v)
+    pool.state[pool.slots[0], 2] = 77  # values as if fewer were packed
+    q = inputs.q[0].contiguous()
+    parts = attended(cfg, pool, q, 0.1, torch.tensor([[0, 0]], dtype=torch.int32))
+    k, v = pool.dense_keys(inputs.k, 0), pool.dense_values(inputs.v, 0)
+    parts.assert_equals_softmax(0, 0, q[0], k[:, :77], v[:, :77], 0.1)
