@@ -14,7 +14,7 @@ WINDOWS = ("kivi", "exact")
 WORD_BITS = 32
 MIN_PAGE_SIZE = 32
 CHUNK_TOKENS = 128
-SPLIT_TOKENS = 512
+SPLIT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import tvm_ffi
 from torch import Tensor
 
 from kivi_tvm import layout
 from kivi_tvm.config import WINDOWS
 from kivi_tvm.errors import UserError
-from kivi_tvm.runtime.checks import check_lengths
+from kivi_tvm.runtime.checks import check_lengths, outside_inference_mode
 from kivi_tvm.runtime.layer import CacheLayer
 from kivi_tvm.runtime.library import configure_threads
 from kivi_tvm.runtime.pages import PageTable
-from kivi_tvm.runtime.work import work_list
+from kivi_tvm.runtime.workspace import Workspace
 
 if TYPE_CHECKING:
     from kivi_tvm.runtime.module import Module
@@ -40,6 +41,7 @@ class Cache:
     step by itself if `begin` was not called.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         module: Module,
@@ -62,15 +64,14 @@ class Cache:
         self.state = torch.zeros(
             batch_size, len(layout.STATE_FIELDS), dtype=torch.int32, device=self.device
         )
+        self._one = torch.ones(batch_size, dtype=torch.int32, device=self.device)
+        self._advance_one = (*map(tvm_ffi.from_dlpack, (self.state, self.slots, self._one)), cfg.R)
         self._lengths = [0] * batch_size
         self._pages = PageTable(cfg, batch_size, self.device)
-        self._split = cfg.kernel_key().split_tokens
         self._step: Step | None = None
-        self._work_key: object = None
-        self.work = torch.empty(0, 2, dtype=torch.int32)
-        self.part_acc = self.part_stat = torch.empty(0)
+        self._quiet_steps = 0
+        self.workspace = Workspace(cfg, batch_size, self.device)
         self.lse = torch.empty(batch_size, cfg.H, device=self.device)
-        self._size_workspace()
         self._layers = [CacheLayer(self, index) for index in range(num_layers)]
         self._in_use = set(range(num_layers))
 
@@ -98,8 +99,8 @@ class Cache:
         parts = {
             "packed": sum(layer.packed_nbytes for layer in self._layers),
             "window": sum(layer.window_nbytes for layer in self._layers),
-            "tables": sum(x.nbytes for x in (self.page_table, self.state, self.slots, self.work)),
-            "workspace": sum(x.nbytes for x in (self.part_acc, self.part_stat, self.lse)),
+            "tables": sum(x.nbytes for x in (self.page_table, self.state, self.slots, self._one)),
+            "workspace": self.workspace.nbytes + self.lse.nbytes,
         }
         return {**parts, "total": sum(parts.values())}
 
@@ -138,6 +139,9 @@ class Cache:
         ValueError
             A length is out of range or `max_tokens` would be exceeded; nothing has changed.
         """
+        if self._quiet_steps and n == 1 and lengths is None and self._step is None:
+            self._begin_quietly()
+            return
         if self._step is not None:
             raise RuntimeError(
                 f"the previous step is not finished: layers {sorted(self._step.todo)} were not "
@@ -153,12 +157,30 @@ class Cache:
                 f"lengths {self._lengths} plus {added} new tokens"
             )
         self._make_room([layout.packed_keys(self.cfg, length) for length in after])
-        configure_threads(torch.get_num_threads())
+        threads = torch.get_num_threads()
+        self.workspace.fit(after, threads)
+        configure_threads(threads)
         tokens = torch.tensor(added, dtype=torch.int32, device=self.device)
         self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
         self._lengths = after
-        self._plan_work()
+        self._quiet_steps = self._steps_without_host_work()
         self._step = Step(added, set(self._in_use))
+
+    def _begin_quietly(self) -> None:
+        """A step of one token per row for which pages, workspace and work list are in place."""
+        self._quiet_steps -= 1
+        configure_threads(torch.get_num_threads())
+        self.kernels["advance"](*self._advance_one)
+        self._lengths = [length + 1 for length in self._lengths]
+        self._step = Step([1] * self.batch_size, set(self._in_use))
+
+    def _steps_without_host_work(self) -> int:
+        """One-token steps before a key block is due, a split is added or `max_tokens` is met."""
+        flush = min(self.cfg.R - 1 - length % self.cfg.R for length in self._lengths)
+        steps = min(flush, self.workspace.steps_until_new_splits(self._lengths))
+        if self.max_tokens is not None:
+            steps = min(steps, self.max_tokens - max(self._lengths))
+        return steps
 
     def enter(self, index: int, n: int, lengths: Sequence[int] | Tensor | None = None) -> None:
         """Layer `index` joins the step with `n` tokens per row; it is begun if none is open.
@@ -259,7 +281,7 @@ class Cache:
         self._step = None
         self.state.zero_()
         self._pages.clear()
-        self._plan_work()
+        self._quiet_steps = 0
 
     def _packed_keys(self, row: int) -> int:
         return layout.packed_keys(self.cfg, self._lengths[row])
@@ -277,26 +299,9 @@ class Cache:
         if width > self._pages.width:
             # Room for more than one block ahead, so that steps rarely change the launch shapes.
             self._pages.widen(width + width // 4)
-            self._size_workspace()
             for index in self._in_use:
                 self._layers[index].bind()
         self._pages.assign(packed)
-
-    def _size_workspace(self) -> None:
-        """Partial results for every split that a row's page table can name, and the window."""
-        splits = -(-self._pages.width * self.cfg.P // self._split) + 1
-        shape = (self.batch_size, self.cfg.H, splits)
-        self.part_acc = torch.empty(*shape, self.cfg.D, device=self.device)
-        self.part_stat = torch.empty(*shape, 2, device=self.device)
-
-    def _plan_work(self) -> None:
-        """The work list for the rows' packed values, kept while their splits are the same."""
-        packed = [layout.packed_values(self.cfg, length) for length in self._lengths]
-        threads = torch.get_num_threads()
-        key = (threads, *(-(-tokens // self._split) for tokens in packed))
-        if key != self._work_key:
-            self.work = work_list(packed, self._split, self.cfg.H_kv, threads)
-            self._work_key = key
 
 
 def _check_options(

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# A cache outlives the call that makes it grow: its tensors must not be inference tensors, which
+# cannot be updated outside torch.inference_mode().
+outside_inference_mode = torch.inference_mode(mode=False)
+
 INDEX_LIMIT = 2**31  # kernels index elements with int32
 
 
@@ -44,6 +48,18 @@ def check_tensor(
             f"`{name}` must not require gradients: the cache is for inference; "
             "call it under torch.inference_mode() or torch.no_grad()"
         )
+
+
+def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `check_tensor` would surely pass; the quick test of the hot path."""
+    return (
+        isinstance(x, Tensor)
+        and x.shape == shape
+        and x.dtype is dtype
+        and x.device == device
+        and (x.is_contiguous() or x.stride(-1) == 1)
+        and not x.requires_grad
+    )
 
 
 def check_lengths(lengths: object, batch_size: int, tokens: int) -> list[int]:

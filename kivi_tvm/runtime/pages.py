@@ -6,11 +6,13 @@ import torch
 
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.layout import NO_PAGE, num_pages
+from kivi_tvm.runtime.checks import outside_inference_mode
 
 
 class PageTable:
     """Pages of `num_slots` sequences; the device reads `table [num_slots, width]` int32."""
 
+    @outside_inference_mode
     def __init__(self, cfg: KiviConfig, num_slots: int, device: torch.device) -> None:
         self._cfg = cfg
         self.capacity = 0
@@ -35,6 +37,7 @@ class PageTable:
         self._free[:0] = range(capacity - 1, self.capacity - 1, -1)
         self.capacity = capacity
 
+    @outside_inference_mode
     def widen(self, width: int) -> None:
         """Let every row name at least `width` pages."""
         if width > self.width:

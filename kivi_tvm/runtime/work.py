@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from math import gcd
-
 import torch
 from torch import Tensor
 
+from kivi_tvm.runtime.checks import outside_inference_mode
+
 IDLE = (-1, 0)  # an item that is skipped
+Item = tuple[int, int]
 
 
+@outside_inference_mode
 def work_list(packed: list[int], split: int, heads: int, threads: int) -> Tensor:
     """Work items `int32 [n, 2]` of (row, split) over the packed tokens of every row.
 
-    A split never depends on other rows; only the order does. A kernel's parallel loop runs over
-    heads x items and gives every thread one contiguous part, so when the heads divide evenly among
-    the threads any order balances. Otherwise `threads / gcd(threads, heads)` threads share one
-    head's items: these are dealt out, largest first, and padded to parts of equal count.
+    A split never depends on other rows; only the order does. The kernel's parallel loop runs over
+    items x heads and gives every thread one contiguous part of equal count. In their natural order
+    the items of a ragged batch may cost one thread far more than another; dealt out by cost, with
+    idle items to make the parts equal, a few items may balance worse than if a thread could stop
+    between two heads of one. The better of the two is taken.
 
     Parameters
     ----------
@@ -27,26 +30,38 @@ def work_list(packed: list[int], split: int, heads: int, threads: int) -> Tensor
     heads, threads : int
         KV heads and threads of the loop.
     """
-    items = [
-        (min(split, tokens - first), row, first // split)
+    cost = {
+        (row, first // split): min(split, tokens - first)
         for row, tokens in enumerate(packed)
         for first in range(0, tokens, split)
-    ]
-    parts = threads // gcd(threads, heads)
-    if parts == 1 or len(items) <= parts:
-        chosen = [(row, index) for _, row, index in items]
-    else:
-        chosen = _dealt(items, parts)
-    return torch.tensor(chosen, dtype=torch.int32).reshape(-1, 2)
+    }
+    orders = [list(cost), _dealt(cost, threads)]
+    best = min(orders, key=lambda order: _longest_part(order, cost, heads, threads))
+    return torch.tensor(best, dtype=torch.int32).reshape(-1, 2)
 
 
-def _dealt(items: list[tuple[int, int, int]], parts: int) -> list[tuple[int, int]]:
+def _dealt(cost: dict[Item, int], parts: int) -> list[Item]:
     """Items in `parts` runs of equal count and nearly equal cost, short runs padded."""
-    bins: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
-    cost = [0] * parts
-    for tokens, row, index in sorted(items, key=lambda item: -item[0]):
-        lightest = min(range(parts), key=cost.__getitem__)
-        bins[lightest].append((row, index))
-        cost[lightest] += tokens
-    longest = max(map(len, bins))
-    return [item for part in bins for item in part + [IDLE] * (longest - len(part))]
+    runs: list[list[Item]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for item in sorted(cost, key=cost.__getitem__, reverse=True):
+        lightest = load.index(min(load))
+        runs[lightest].append(item)
+        load[lightest] += cost[item]
+    count = max(map(len, runs))
+    return [item for run in runs for item in run + [IDLE] * (count - len(run))]
+
+
+def _longest_part(order: list[Item], cost: dict[Item, int], heads: int, threads: int) -> int:
+    """Cost of the most loaded thread, in tokens x heads."""
+    units = len(order) * heads
+    size = -(-units // threads)
+    load = [0] * threads
+    for i, item in enumerate(order):
+        start, end = i * heads, (i + 1) * heads
+        while start < end:
+            thread = start // size
+            step = min(end, (thread + 1) * size) - start
+            load[thread] += step * cost.get(item, 0)
+            start += step
+    return max(load)

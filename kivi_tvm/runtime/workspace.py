@@ -1,0 +1,61 @@
+"""Scratch of attention, shared by all layers: partial results and the work list."""
+
+from __future__ import annotations
+
+import torch
+import tvm_ffi
+
+from kivi_tvm import layout
+from kivi_tvm.config import KiviConfig
+from kivi_tvm.runtime.checks import outside_inference_mode
+from kivi_tvm.runtime.work import work_list
+
+
+class Workspace:
+    """Partial results for every split of the longest row and the window, and who computes them.
+
+    Attributes
+    ----------
+    parts : tuple
+        What the kernels take: accumulators `[B, H, X + 1, D]` and statistics `[B, H, X + 1, 2]`.
+    work : object or None
+        What `attend` takes, `int32 [n, 2]` of (row, split); None while nothing is packed.
+    """
+
+    def __init__(self, cfg: KiviConfig, batch_size: int, device: torch.device) -> None:
+        self._cfg, self._batch_size, self._device = cfg, batch_size, device
+        self._split = cfg.kernel_key().split_tokens
+        self._planned: tuple[int, ...] = ()
+        self._items = torch.empty(0, 2, dtype=torch.int32)
+        self.work: object | None = None
+        self._allocate(0)
+
+    @property
+    def nbytes(self) -> int:
+        return self._acc.nbytes + self._stat.nbytes + self._items.nbytes
+
+    def fit(self, lengths: list[int], threads: int) -> None:
+        """Prepare for rows of these lengths and kernels on so many threads."""
+        packed = [layout.packed_values(self._cfg, length) for length in lengths]
+        splits = [-(-tokens // self._split) for tokens in packed]
+        if max(splits) >= self._acc.shape[2]:
+            self._allocate(max(splits))
+        plan = (threads, *splits)
+        if plan != self._planned:
+            self._items = work_list(packed, self._split, self._cfg.H_kv, threads)
+            self.work = tvm_ffi.from_dlpack(self._items) if len(self._items) else None
+            self._planned = plan
+
+    def steps_until_new_splits(self, lengths: list[int]) -> int:
+        """Tokens that every row can take before its number of splits changes."""
+        R, split = self._cfg.R, self._split
+        packed = (layout.packed_values(self._cfg, length) for length in lengths)
+        rows = zip(packed, lengths, strict=True)
+        return min(-tokens % split if tokens else R - length for tokens, length in rows)
+
+    @outside_inference_mode
+    def _allocate(self, splits: int) -> None:
+        shape = (self._batch_size, self._cfg.H, splits + 1)
+        self._acc = torch.empty(*shape, self._cfg.D, device=self._device)
+        self._stat = torch.empty(*shape, 2, device=self._device)
+        self.parts = (tvm_ffi.from_dlpack(self._acc), tvm_ffi.from_dlpack(self._stat))
