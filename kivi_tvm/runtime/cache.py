@@ -73,7 +73,6 @@ class Cache:
         self.workspace = Workspace(cfg, batch_size, self.device)
         self.lse = torch.empty(batch_size, cfg.H, device=self.device)
         self._layers = [CacheLayer(self, index) for index in range(num_layers)]
-        self._in_use = set(range(num_layers))
 
     @property
     def num_layers(self) -> int:
@@ -164,7 +163,7 @@ class Cache:
         self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
         self._lengths = after
         self._quiet_steps = self._steps_without_host_work()
-        self._step = Step(added, set(self._in_use))
+        self._step = Step(added, set(range(self.num_layers)))
 
     def _begin_quietly(self) -> None:
         """A step of one token per row for which pages, workspace and work list are in place."""
@@ -172,7 +171,7 @@ class Cache:
         configure_threads(torch.get_num_threads())
         self.kernels["advance"](*self._advance_one)
         self._lengths = [length + 1 for length in self._lengths]
-        self._step = Step([1] * self.batch_size, set(self._in_use))
+        self._step = Step([1] * self.batch_size, set(range(self.num_layers)))
 
     def _steps_without_host_work(self) -> int:
         """One-token steps before a key block is due, a split is added or `max_tokens` is met."""
@@ -208,18 +207,6 @@ class Cache:
             self._step.todo.discard(index)
             if not self._step.todo:
                 self._step = None
-
-    def drop_layer(self, index: int) -> None:
-        """Free layer `index` for good: steps go on without it.
-
-        Raises
-        ------
-        IndexError
-            There is no such layer.
-        """
-        self.layer(index).free()
-        self._in_use.discard(index)
-        self.leave(index)
 
     def check_can_prefill(self) -> None:
         """Raise unless every row was empty before the step."""
@@ -292,15 +279,15 @@ class Cache:
         if missing:
             capacity = self._pages.capacity
             capacity += max(missing, capacity // GROWTH_SHARE)
-            for index in self._in_use:
-                self._layers[index].grow(capacity)
+            for layer in self._layers:
+                layer.grow(capacity)
             self._pages.grow(capacity)
         width = max(layout.num_pages(self.cfg, tokens) for tokens in packed)
         if width > self._pages.width:
             # Room for more than one block ahead, so that steps rarely change the launch shapes.
             self._pages.widen(width + width // 4)
-            for index in self._in_use:
-                self._layers[index].bind()
+            for layer in self._layers:
+                layer.bind()
         self._pages.assign(packed)
 
 

@@ -65,10 +65,6 @@ class CacheLayer:
             self._pages[name] = new
         self.bind()
 
-    def free(self) -> None:
-        """Give up pages and rings; the layer cannot be used again."""
-        self._pages, self._rings = {}, {}
-
     def bind(self) -> None:
         """Collect the leading arguments of every kernel; after any buffer was replaced."""
         cache = self._cache
