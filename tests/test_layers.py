@@ -36,7 +36,7 @@ ALLOWED = {
         "demo",
         "eval",
         "cli",
-    },  # fmt: skip
+    },
     "tvm": {"targets", "runtime", "ops", "schedules", "database", "tune", "compile", "cli"},
     # meets torch in `runtime`, and in `bench`, which times what `runtime` calls
     "tvm_ffi": {"host", "compile", "tune", "runtime", "bench"},
