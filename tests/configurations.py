@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+import pytest
+
 from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES, HEAD_DIMS, MIN_PAGE_SIZE, KiviConfig
 
 PAGE_UNITS = (1, 2, 3)  # page size over the smallest one that the key group allows
@@ -120,6 +122,17 @@ def config_id(cfg: KiviConfig) -> str:
     return (
         f"Hkv{cfg.H_kv}-{cfg.kernel_key().slug.removesuffix('-plain-float')}-R{cfg.residual_length}"
     )
+
+
+def spread(values, each=3):
+    """Every configuration with every value; the fast tests run `each` values per configuration."""
+    params = []
+    for i, cfg in enumerate(CONFIGS):
+        share = {(i + 3 * j) % len(values) for j in range(each)} if each < len(values) else None
+        for j, value in enumerate(values):
+            marks = [] if share is None or j in share else [pytest.mark.slow]
+            params.append(pytest.param(cfg, value, id=f"{config_id(cfg)}-{value}", marks=marks))
+    return params
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from configurations import CONFIGS, config_id, library
+from configurations import CONFIGS, config_id, library, spread
 from inputs import QUANTIZED_DATA, draw, strided
 from pools import Pool
 
@@ -28,8 +28,7 @@ def check(cfg, lengths, data="normal", write_back=True, rollback=0, view=strided
     pool.assert_equals(expected)
 
 
-@pytest.mark.parametrize("data", QUANTIZED_DATA)
-@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+@pytest.mark.parametrize(("cfg", "data"), spread(QUANTIZED_DATA))
 def test_every_kind_of_step(cfg, data):
     """Nothing due, a value leaves, a block is flushed, both, on the first and a later page."""
     R = cfg.R

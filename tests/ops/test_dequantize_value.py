@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from configurations import CONFIGS, config_id, library
+from configurations import library, spread
 from inputs import QUANTIZED_DATA, draw, ragged
 from pools import Pool, assert_same_bits, poisoned
 
 
-@pytest.mark.parametrize("data", QUANTIZED_DATA)
-@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+@pytest.mark.parametrize(("cfg", "data"), spread(QUANTIZED_DATA))
 def test_ragged_rows(cfg, data):
     lengths, dtype = ragged(cfg), getattr(torch, cfg.dtype)
     v = draw(cfg, 500, lengths, data=data).v

@@ -1,7 +1,7 @@
 """`fill_window` leaves the last tokens of a prompt in the rings, packed keys dequantized."""
 
 import pytest
-from configurations import CONFIGS, config_id, library
+from configurations import CONFIGS, config_id, library, spread
 from inputs import ODD_TOKENS, QUANTIZED_DATA, draw, ragged, strided
 from pools import Pool
 
@@ -16,8 +16,7 @@ def check(cfg, lengths, k, v, write_back, rollback):
     pool.assert_equals(expected)
 
 
-@pytest.mark.parametrize("data", QUANTIZED_DATA)
-@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+@pytest.mark.parametrize(("cfg", "data"), spread(QUANTIZED_DATA))
 def test_ragged_rows(cfg, data):
     lengths = ragged(cfg)
     inputs = draw(cfg, 500, lengths, data=data)
