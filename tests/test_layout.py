@@ -1,0 +1,74 @@
+"""Shapes, sizes and bit positions, against numbers worked out by hand."""
+
+import math
+
+import pytest
+from configurations import CONFIGS
+
+from kivi_tvm import KiviConfig
+from kivi_tvm.config import BITS
+from kivi_tvm.layout import (
+    num_pages,
+    pack_order,
+    packed_keys,
+    packed_values,
+    page_buffers,
+    ring_buffers,
+)
+
+CFG = KiviConfig(128, 32, 8, key_bits=2, value_bits=4, group_size=32, residual_length=128)
+
+
+def test_page_buffers_of_the_design():
+    found = {name: (buffer.shape, buffer.dtype) for name, buffer in page_buffers(CFG, 10).items()}
+    assert found == {
+        "k_code": ((10, 8, 8, 32), "uint32"),
+        "k_scale": ((10, 8, 1, 128), "float16"),
+        "k_zero": ((10, 8, 1, 128), "float16"),
+        "v_code": ((10, 8, 4, 128), "uint32"),
+        "v_scale": ((10, 8, 4, 32), "float16"),
+        "v_zero": ((10, 8, 4, 32), "float16"),
+    }
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.kernel_key().slug)
+def test_bits_per_element(cfg):
+    """`b + 32 / G` bits per key and value element."""
+    found = 8 * sum(buffer.nbytes for buffer in page_buffers(cfg, 3).values())
+    elements = 3 * cfg.P * cfg.H_kv * cfg.D
+    expected = cfg.key_bits + 32 / cfg.G_k + cfg.value_bits + 32 / cfg.G_v
+    assert math.isclose(found / elements, expected)
+
+
+def test_ring_buffers():
+    rings = ring_buffers(CFG, 5, rollback=3)
+    assert {b.shape for b in rings.values()} == {(5, 8, 131, 128)}
+    assert rings["k_ring"].nbytes == 5 * 8 * 131 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "values"),
+    [(0, 0, 0), (1, 0, 0), (127, 0, 0), (128, 128, 0), (129, 128, 1), (300, 256, 172)],
+)
+def test_packed_counts(length, keys, values):
+    assert (packed_keys(CFG, length), packed_values(CFG, length)) == (keys, values)
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (32, 1), (33, 2), (256, 8)])
+def test_num_pages(tokens, pages):
+    assert num_pages(CFG, tokens) == pages
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_pack_order_is_a_bijection(bits):
+    order = pack_order("plain", bits)
+    places = {(order.word(i), order.shift(order.slot(i))) for i in range(256)}
+    assert len(places) == 256
+    assert {shift for _, shift in places} == set(range(0, 32, bits))
+    for i in range(256):
+        assert order.element(order.word(i), order.slot(i)) == i
+
+
+def test_an_unknown_pack_order():
+    with pytest.raises(ValueError, match="`pack_order` must be 'plain', got 'mma'"):
+        pack_order("mma", 2)
