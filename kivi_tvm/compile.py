@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from kivi_tvm import targets
 from kivi_tvm.config import KernelKey
 from kivi_tvm.host import find_cxx
 from kivi_tvm.manifest import Manifest
-from kivi_tvm.ops import OPS
+from kivi_tvm.ops import FUNCTIONS, OPS
 from kivi_tvm.schedules import rule
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernels:
-    """All operators of a kernel key, compiled for one target."""
+    """All functions of a kernel key, compiled for one target."""
 
     key: KernelKey
     target: Target
@@ -43,19 +43,21 @@ class CompiledKernels:
 
 
 def scheduled_module(key: KernelKey, target: Target) -> tvm.IRModule:
-    """Every operator of `key` with its default schedule for `target`."""
+    """Every function of `key` with its default schedule for `target`."""
     facts = targets.hardware(target)
+    extend_key = replace(key, rows_per_query=key.extend_rows)
     functions = {}
-    for name, factory in OPS.items():
-        schedule = Schedule(tvm.IRModule({name: factory(key).with_attr("global_symbol", name)}))
+    for name, (op, extends) in FUNCTIONS.items():
+        function = OPS[op](extend_key if extends else key)
+        schedule = Schedule(tvm.IRModule({name: function.with_attr("global_symbol", name)}))
         schedule.work_on(name)
-        rule(name, facts)(schedule, facts)
+        rule(op, facts)(schedule, facts)
         functions[name] = schedule.mod[name]
     return tvm.IRModule(functions)
 
 
 def compile_kernels(key: KernelKey, target: Target) -> CompiledKernels:
-    """Compile every operator of `key` for `target`.
+    """Compile every function of `key` for `target`.
 
     Raises
     ------
@@ -63,4 +65,4 @@ def compile_kernels(key: KernelKey, target: Target) -> CompiledKernels:
         TVM's code generator fails.
     """
     executable = tvm.compile(scheduled_module(key, target), target=target)
-    return CompiledKernels(key, target, executable, dict.fromkeys(OPS, "default"))
+    return CompiledKernels(key, target, executable, dict.fromkeys(FUNCTIONS, "default"))

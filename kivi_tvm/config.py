@@ -15,6 +15,8 @@ WORD_BITS = 32
 MIN_PAGE_SIZE = 32
 CHUNK_TOKENS = 128
 SPLIT_TOKENS = 1024
+EXTEND_TOKENS = 16
+EXTEND_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,34 @@ class KernelKey:
         return WORD_BITS // self.value_bits
 
     @property
+    def rows(self) -> int:
+        """Query rows that share one KV head: `M` heads of `rows_per_query` tokens each."""
+        return self.queries_per_kv * self.rows_per_query
+
+    @property
+    def extend_rows(self) -> int:
+        """New tokens whose queries one pass of `extend` takes: at most 16 and 128 query rows."""
+        return max(1, min(EXTEND_TOKENS, EXTEND_ROWS // self.queries_per_kv))
+
+    @property
     def chunk_tokens(self) -> int:
-        """Packed tokens whose scores `attend` holds at once: whole pages, about 128 tokens."""
-        return self.page_size * max(1, CHUNK_TOKENS // self.page_size)
+        """Packed tokens whose scores `attend` holds at once: whole pages, about 128 tokens.
+
+        With the queries of several tokens the chunk is one page: their scores fill the same cache.
+        """
+        pages = CHUNK_TOKENS // self.page_size if self.rows_per_query == 1 else 1
+        return self.page_size * max(1, pages)
 
     @property
     def split_tokens(self) -> int:
         """Packed tokens of one work item of `attend`.
 
         A constant, so that where a sequence is cut depends on nothing but its own length: a row
-        gives the same bits in every batch and on any number of threads.
+        gives the same bits in every batch and on any number of threads. It grows with the queries,
+        so that partial results stay small beside the cache.
         """
-        return self.chunk_tokens * max(1, SPLIT_TOKENS // self.chunk_tokens)
+        tokens = SPLIT_TOKENS * self.rows_per_query
+        return self.chunk_tokens * max(1, tokens // self.chunk_tokens)
 
     @property
     def slug(self) -> str:

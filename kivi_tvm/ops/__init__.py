@@ -13,6 +13,7 @@ from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.advance import advance
 from kivi_tvm.ops.append import append
 from kivi_tvm.ops.attend import attend
+from kivi_tvm.ops.attend_new import attend_new
 from kivi_tvm.ops.attend_window import attend_window
 from kivi_tvm.ops.combine import combine
 from kivi_tvm.ops.dequantize_key import dequantize_key
@@ -21,11 +22,14 @@ from kivi_tvm.ops.fill_window import fill_window
 from kivi_tvm.ops.quantize_key import quantize_key
 from kivi_tvm.ops.quantize_value import quantize_value
 
-# Every operator of a module: a factory from the kernel key to a PrimFunc of that name.
-OPS: dict[str, Callable[[KernelKey], Any]] = {
+Operator = Callable[[KernelKey], Any]
+
+# Every operator: a factory from the kernel key to a PrimFunc of that name.
+OPS: dict[str, Operator] = {
     "advance": advance,
     "append": append,
     "attend": attend,
+    "attend_new": attend_new,
     "attend_window": attend_window,
     "combine": combine,
     "dequantize_key": dequantize_key,
@@ -33,4 +37,13 @@ OPS: dict[str, Callable[[KernelKey], Any]] = {
     "fill_window": fill_window,
     "quantize_key": quantize_key,
     "quantize_value": quantize_value,
+}
+
+# Every function of a compiled module: its operator, and whether it takes the queries of several
+# new tokens (`KernelKey.extend_rows`) instead of one.
+FUNCTIONS: dict[str, tuple[str, bool]] = {
+    **{name: (name, False) for name in OPS if name != "attend_new"},
+    "extend_attend": ("attend", True),
+    "extend_window": ("attend_window", True),
+    "extend_new": ("attend_new", True),
 }

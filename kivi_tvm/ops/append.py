@@ -1,6 +1,6 @@
-"""One new token per sequence: into the rings, and out of them what Algorithm 1 quantizes.
+"""New tokens of each sequence: into the rings, and out of them what Algorithm 1 quantizes.
 
-With `L` the length that includes the new token and ring slot `t mod (R + E)` of token `t`:
+Token by token, with `L` the length that includes it and ring slot `t mod (R + E)` of token `t`:
 
 1. if `L > R`, the value of token `L - 1 - R` leaves the window and is quantized;
 2. the new key and value are written to their ring slots;
@@ -20,14 +20,14 @@ from kivi_tvm.ops.quantize_value import value_token_blocks
 
 
 def append(key: KernelKey):
-    """Append one token to every row.
+    """Append the first `added` tokens of every row, one after the other.
 
     Returns
     -------
     PrimFunc
         `(k_code, k_scale, k_zero, v_code, v_scale, v_zero, k_ring, v_ring [S, H_kv, R + E, D],
-        page_table [S, pages], state [S, 4] after the step, slots [B], k, v [B, H_kv, D],
-        R, write_back)`; rows with slot -1 are skipped.
+        page_table [S, pages], state [S, 4] after the step, slots [B], added [B],
+        k, v [B, H_kv, tokens, D], R, write_back)`; rows with slot -1 are skipped.
     """
     D, P, dtype = key.head_dim, key.page_size, key.dtype
     G_k, W_k = key.key_group_size, key.key_codes_per_word
@@ -50,16 +50,18 @@ def append(key: KernelKey):
         page_table_handle: T.handle,
         state_handle: T.handle,
         slots_handle: T.handle,
+        added_handle: T.handle,
         k_handle: T.handle,
         v_handle: T.handle,
         R: T.int32,
         write_back: T.int32,
     ):
         T.func_attr({"tirx.noalias": True})
-        B, H_kv, N, S, pages, ring = (
-            T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(),
+        B, H_kv, N, S, pages, ring, tokens = (
+            T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(),
         )  # fmt: skip
-        k_row, k_head, v_row, v_head = T.int32(), T.int32(), T.int32(), T.int32()
+        k_row, k_head, k_token = T.int32(), T.int32(), T.int32()
+        v_row, v_head, v_token = T.int32(), T.int32(), T.int32()
         k_code = T.match_buffer(k_code_handle, (N, H_kv, D // W_k, P), "uint32")
         k_scale = T.match_buffer(k_scale_handle, (N, H_kv, P // G_k, D), "float16")
         k_zero = T.match_buffer(k_zero_handle, (N, H_kv, P // G_k, D), "float16")
@@ -71,19 +73,24 @@ def append(key: KernelKey):
         page_table = T.match_buffer(page_table_handle, (S, pages), "int32")
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
-        k = T.match_buffer(k_handle, (B, H_kv, D), dtype, strides=(k_row, k_head, 1))
-        v = T.match_buffer(v_handle, (B, H_kv, D), dtype, strides=(v_row, v_head, 1))
+        added = T.match_buffer(added_handle, (B,), "int32")
+        k = T.match_buffer(
+            k_handle, (B, H_kv, tokens, D), dtype, strides=(k_row, k_head, k_token, 1)
+        )
+        v = T.match_buffer(
+            v_handle, (B, H_kv, tokens, D), dtype, strides=(v_row, v_head, v_token, 1)
+        )
         for b, h in T.grid(B, H_kv):
             with T.sblock("row"):
                 vb, vh = T.axis.remap("SS", [b, h])
                 T.where(slots[b] >= 0)
                 slot = T.meta_var(slots[vb])
-                L = T.meta_var(state[slot, LENGTH])
                 # Rings and pages that are read back are declared as written only: a row touches no
                 # other row's, and a block that reads its outputs could not be given to threads.
                 T.reads(
-                    k[vb, vh, 0:D],
-                    v[vb, vh, 0:D],
+                    k[vb, vh, 0:tokens, 0:D],
+                    v[vb, vh, 0:tokens, 0:D],
+                    added[vb],
                     page_table[0:S, 0:pages],
                     state[0:S, 0:4],
                     slots[vb],
@@ -98,98 +105,134 @@ def append(key: KernelKey):
                     v_scale[0:N, vh, 0 : D // G_v, 0:P],
                     v_zero[0:N, vh, 0 : D // G_v, 0:P],
                 )
-                for leaving in T.serial(T.Select(L > R, 1, 0)):
-                    with T.sblock("leave"):
-                        vl = T.axis.opaque(1, leaving)
-                        token = T.meta_var(L - 1 - R)
-                        page = T.meta_var(page_table[slot, token // P])
-                        vx = T.sblock_alloc_buffer((1, D), "float32")
-                        v_new_scale = T.sblock_alloc_buffer((D // G_v, 1), "float16")
-                        v_new_zero = T.sblock_alloc_buffer((D // G_v, 1), "float16")
-                        v_new_code = T.sblock_alloc_buffer((1, D), "uint32")
+                for i in T.serial(added[vb]):
+                    with T.sblock("token"):
+                        vi = T.axis.opaque(tokens, i)
+                        T.reads(
+                            k[vb, vh, 0:tokens, 0:D],
+                            v[vb, vh, 0:tokens, 0:D],
+                            added[vb],
+                            page_table[0:S, 0:pages],
+                            state[0:S, 0:4],
+                            slots[vb],
+                        )
+                        T.writes(
+                            k_ring[0:S, vh, 0:ring, 0:D],
+                            v_ring[0:S, vh, 0:ring, 0:D],
+                            k_code[0:N, vh, 0 : D // W_k, 0:P],
+                            k_scale[0:N, vh, 0 : P // G_k, 0:D],
+                            k_zero[0:N, vh, 0 : P // G_k, 0:D],
+                            v_code[0:N, vh, 0 : P // W_v, 0:D],
+                            v_scale[0:N, vh, 0 : D // G_v, 0:P],
+                            v_zero[0:N, vh, 0 : D // G_v, 0:P],
+                        )
+                        L = T.meta_var(state[slot, LENGTH] - added[vb] + vi + 1)
+                        for leaving in T.serial(T.Select(L > R, 1, 0)):
+                            with T.sblock("leave"):
+                                vl = T.axis.opaque(1, leaving)
+                                token = T.meta_var(L - 1 - R)
+                                page = T.meta_var(page_table[slot, token // P])
+                                vx = T.sblock_alloc_buffer((1, D), "float32")
+                                v_new_scale = T.sblock_alloc_buffer((D // G_v, 1), "float16")
+                                v_new_zero = T.sblock_alloc_buffer((D // G_v, 1), "float16")
+                                v_new_code = T.sblock_alloc_buffer((1, D), "uint32")
+                                for d in range(D):
+                                    with T.sblock("load_value"):
+                                        vd = T.axis.spatial(D, d)
+                                        vx[0, vd] = T.Cast(
+                                            "float32", v_ring[slot, vh, token % ring, vd]
+                                        )
+                                value_token(vx, v_new_scale, v_new_zero, v_new_code)
+                                word = T.sblock_alloc_buffer((D,), "uint32")
+                                for d in range(D):
+                                    with T.sblock("load_word"):
+                                        vd = T.axis.spatial(D, d)
+                                        word[vd] = v_code[page, vh, v_order.word(token % P), vd]
+                                for d in range(D):
+                                    with T.sblock("store_value_code"):
+                                        vd = T.axis.spatial(D, d)
+                                        at = T.meta_var(
+                                            T.Cast("uint32", v_order.shift(v_order.slot(token % P)))
+                                        )
+                                        # the first token of a word clears what the page held before
+                                        v_code[page, vh, v_order.word(token % P), vd] = (
+                                            T.Select(
+                                                v_order.slot(token % P) == 0, T.uint32(0), word[vd]
+                                            )
+                                            & ~(T.uint32(v_order.code_mask) << at)
+                                        ) | (v_new_code[0, vd] << at)
+                                for g in range(D // G_v):
+                                    with T.sblock("store_value_scale"):
+                                        vg = T.axis.spatial(D // G_v, g)
+                                        v_scale[page, vh, vg, token % P] = v_new_scale[vg, 0]
+                                        v_zero[page, vh, vg, token % P] = v_new_zero[vg, 0]
                         for d in range(D):
-                            with T.sblock("load_value"):
+                            with T.sblock("write_value"):
                                 vd = T.axis.spatial(D, d)
-                                vx[0, vd] = T.Cast("float32", v_ring[slot, vh, token % ring, vd])
-                        value_token(vx, v_new_scale, v_new_zero, v_new_code)
-                        word = T.sblock_alloc_buffer((D,), "uint32")
-                        for d in range(D):
-                            with T.sblock("load_word"):
-                                vd = T.axis.spatial(D, d)
-                                word[vd] = v_code[page, vh, v_order.word(token % P), vd]
-                        for d in range(D):
-                            with T.sblock("store_value_code"):
-                                vd = T.axis.spatial(D, d)
-                                at = T.meta_var(
-                                    T.Cast("uint32", v_order.shift(v_order.slot(token % P)))
-                                )
-                                # the first token of a word clears what the page held before
-                                v_code[page, vh, v_order.word(token % P), vd] = (
-                                    T.Select(v_order.slot(token % P) == 0, T.uint32(0), word[vd])
-                                    & ~(T.uint32(v_order.code_mask) << at)
-                                ) | (v_new_code[0, vd] << at)
-                        for g in range(D // G_v):
-                            with T.sblock("store_value_scale"):
-                                vg = T.axis.spatial(D // G_v, g)
-                                v_scale[page, vh, vg, token % P] = v_new_scale[vg, 0]
-                                v_zero[page, vh, vg, token % P] = v_new_zero[vg, 0]
-                for d in range(D):
-                    with T.sblock("write_value"):
-                        vd = T.axis.spatial(D, d)
-                        v_ring[slot, vh, (L - 1) % ring, vd] = v[vb, vh, vd]
-                # one block around both writers of the key ring: a row's outputs have one each
-                with T.sblock("keys"):
-                    T.reads(k[vb, vh, 0:D], page_table[0:S, 0:pages], state[0:S, 0:4], slots[vb])
-                    T.writes(
-                        k_ring[0:S, vh, 0:ring, 0:D],
-                        k_code[0:N, vh, 0 : D // W_k, 0:P],
-                        k_scale[0:N, vh, 0 : P // G_k, 0:D],
-                        k_zero[0:N, vh, 0 : P // G_k, 0:D],
-                    )
-                    for d in range(D):
-                        with T.sblock("write_key"):
-                            vd = T.axis.spatial(D, d)
-                            k_ring[slot, vh, (L - 1) % ring, vd] = k[vb, vh, vd]
-                    for g in T.serial(T.Select(L % R == 0, R // G_k, 0)):
-                        with T.sblock("flush"):
-                            vf = T.axis.opaque(R // G_k, g)
-                            first = T.meta_var(L - R + vf * G_k)
-                            page = T.meta_var(page_table[slot, first // P])
-                            kx = T.sblock_alloc_buffer((G_k, D), "float32")
-                            k_new_scale = T.sblock_alloc_buffer((D,), "float16")
-                            k_new_zero = T.sblock_alloc_buffer((D,), "float16")
-                            k_new_word = T.sblock_alloc_buffer((D // W_k, G_k), "uint32")
-                            for t, d in T.grid(G_k, D):
-                                with T.sblock("load_key"):
-                                    vt, vd = T.axis.remap("SS", [t, d])
-                                    kx[vt, vd] = T.Cast(
-                                        "float32", k_ring[slot, vh, (first + vt) % ring, vd]
-                                    )
-                            key_group(kx, k_new_scale, k_new_zero, k_new_word)
-                            for w, t in T.grid(D // W_k, G_k):
-                                with T.sblock("store_key_code"):
-                                    vw, vt = T.axis.remap("SS", [w, t])
-                                    k_code[page, vh, vw, first % P + vt] = k_new_word[vw, vt]
+                                v_ring[slot, vh, (L - 1) % ring, vd] = v[vb, vh, vi, vd]
+                        # one block around both writers of the key ring: a row's outputs have one each
+                        with T.sblock("keys"):
+                            T.reads(
+                                k[vb, vh, vi, 0:D],
+                                page_table[0:S, 0:pages],
+                                state[0:S, 0:4],
+                                slots[vb],
+                                added[vb],
+                            )
+                            T.writes(
+                                k_ring[0:S, vh, 0:ring, 0:D],
+                                k_code[0:N, vh, 0 : D // W_k, 0:P],
+                                k_scale[0:N, vh, 0 : P // G_k, 0:D],
+                                k_zero[0:N, vh, 0 : P // G_k, 0:D],
+                            )
                             for d in range(D):
-                                with T.sblock("store_key_scale"):
+                                with T.sblock("write_key"):
                                     vd = T.axis.spatial(D, d)
-                                    k_scale[page, vh, first % P // G_k, vd] = k_new_scale[vd]
-                                    k_zero[page, vh, first % P // G_k, vd] = k_new_zero[vd]
-                            for t, d in T.grid(G_k, D):
-                                with T.sblock("write_back"):
-                                    vt, vd = T.axis.remap("SS", [t, d])
-                                    T.where(write_back != 0)
-                                    k_ring[slot, vh, (first + vt) % ring, vd] = T.Cast(
-                                        dtype,
-                                        dequantized(
-                                            code_at(
-                                                k_new_word[k_order.word(vd), vt],
-                                                k_order,
-                                                k_order.slot(vd),
-                                            ),
-                                            k_new_scale[vd],
-                                            k_new_zero[vd],
-                                        ),
-                                    )
+                                    k_ring[slot, vh, (L - 1) % ring, vd] = k[vb, vh, vi, vd]
+                            for g in T.serial(T.Select(L % R == 0, R // G_k, 0)):
+                                with T.sblock("flush"):
+                                    vf = T.axis.opaque(R // G_k, g)
+                                    first = T.meta_var(L - R + vf * G_k)
+                                    page = T.meta_var(page_table[slot, first // P])
+                                    kx = T.sblock_alloc_buffer((G_k, D), "float32")
+                                    k_new_scale = T.sblock_alloc_buffer((D,), "float16")
+                                    k_new_zero = T.sblock_alloc_buffer((D,), "float16")
+                                    k_new_word = T.sblock_alloc_buffer((D // W_k, G_k), "uint32")
+                                    for t, d in T.grid(G_k, D):
+                                        with T.sblock("load_key"):
+                                            vt, vd = T.axis.remap("SS", [t, d])
+                                            kx[vt, vd] = T.Cast(
+                                                "float32", k_ring[slot, vh, (first + vt) % ring, vd]
+                                            )
+                                    key_group(kx, k_new_scale, k_new_zero, k_new_word)
+                                    for w, t in T.grid(D // W_k, G_k):
+                                        with T.sblock("store_key_code"):
+                                            vw, vt = T.axis.remap("SS", [w, t])
+                                            k_code[page, vh, vw, first % P + vt] = k_new_word[
+                                                vw, vt
+                                            ]
+                                    for d in range(D):
+                                        with T.sblock("store_key_scale"):
+                                            vd = T.axis.spatial(D, d)
+                                            k_scale[page, vh, first % P // G_k, vd] = k_new_scale[
+                                                vd
+                                            ]
+                                            k_zero[page, vh, first % P // G_k, vd] = k_new_zero[vd]
+                                    for t, d in T.grid(G_k, D):
+                                        with T.sblock("write_back"):
+                                            vt, vd = T.axis.remap("SS", [t, d])
+                                            T.where(write_back != 0)
+                                            k_ring[slot, vh, (first + vt) % ring, vd] = T.Cast(
+                                                dtype,
+                                                dequantized(
+                                                    code_at(
+                                                        k_new_word[k_order.word(vd), vt],
+                                                        k_order,
+                                                        k_order.slot(vd),
+                                                    ),
+                                                    k_new_scale[vd],
+                                                    k_new_zero[vd],
+                                                ),
+                                            )
 
     return append

@@ -35,12 +35,13 @@ def attend(key: KernelKey):
     Returns
     -------
     PrimFunc
-        `(q [B, H, D], k_code, k_scale, k_zero, v_code, v_scale, v_zero, page_table [S, pages],
-        state [S, 4], slots [B], work [n, 2] of (row, split), scale, part_acc [B, H, X + 1, D],
-        part_stat [B, H, X + 1, 2] of (max in log2 units, sum))`. Work items with row -1 are
-        skipped. Entry `X` of the partial results belongs to the window.
+        `(k_code, k_scale, k_zero, v_code, v_scale, v_zero, page_table [S, pages], state [S, 4],
+        slots [B], work [n, 2] of (row, split), q [B, H n, D], scale, part_acc [B, H n, X, D],
+        part_stat [B, H n, X, 2] of (max in log2 units, sum))` with `n` tokens' queries per head.
+        Work items with row -1 are skipped. The last entries of the partial results belong to
+        others: the window and new tokens.
     """
-    D, M, P, dtype = key.head_dim, key.queries_per_kv, key.page_size, key.dtype
+    D, M, P, dtype = key.head_dim, key.rows, key.page_size, key.dtype
     G_k, G_v = key.key_group_size, key.value_group_size
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
     k_order = pack_order(key.pack_order, key.key_bits)

@@ -28,10 +28,11 @@ def attend_window(key: KernelKey):
     Returns
     -------
     PrimFunc
-        `(k_ring, v_ring [S, H_kv, R + E, D], state [S, 4], slots [B], q [B, H, D], scale,
-        part_acc [B, H, X + 1, D], part_stat [B, H, X + 1, 2])`; rows with slot -1 are skipped.
+        `(k_ring, v_ring [S, H_kv, R + E, D], state [S, 4], slots [B], q [B, H n, D], scale,
+        part_acc [B, H n, X, D], part_stat [B, H n, X, 2])` with `n` tokens' queries per head; rows
+        with slot -1 are skipped.
     """
-    D, M, C, dtype = key.head_dim, key.queries_per_kv, CHUNK, key.dtype
+    D, M, C, dtype = key.head_dim, key.rows, CHUNK, key.dtype
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 

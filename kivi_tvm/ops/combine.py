@@ -1,4 +1,4 @@
-"""Merge the partial results of a row's splits and window by log-sum-exp."""
+"""Merge the partial results of a row's entries and window by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ def combine(key: KernelKey):
     Returns
     -------
     PrimFunc
-        `(state [S, 4], slots [B], part_acc [B, H, X + 1, D], part_stat [B, H, X + 1, 2],
-        out [B, H, D], lse [B, H] float32)`. The row's `ceil(packed_values / split_tokens)` first
-        entries and the last one are read. Rows with slot -1 give out 0 and lse -inf.
+        `(state [S, 4], slots [B], split, tail, part_acc [B, H, X, D], part_stat [B, H, X, 2],
+        out [B, H, D], lse [B, H] float32)`. The row's `ceil(packed_values / split)` first entries
+        and the `tail` last ones are read. Rows with slot -1 and rows that attended to nothing give
+        out 0 and lse -inf.
     """
-    D, SPLIT = key.head_dim, key.split_tokens
+    D = key.head_dim
 
     @T.prim_func(s_tir=True)
     def combine(
         state_handle: T.handle,
         slots_handle: T.handle,
+        split: T.int32,
+        tail: T.int32,
         part_acc_handle: T.handle,
         part_stat_handle: T.handle,
         out_handle: T.handle,
@@ -55,10 +58,10 @@ def combine(key: KernelKey):
                     slots[vb],
                 )
                 T.writes(out[vb, vh, 0:D], lse[vb, vh])
-                splits = T.meta_var(
+                entries = T.meta_var(
                     T.Select(
                         slots[vb] >= 0,
-                        T.ceildiv(state[T.max(slots[vb], 0), PACKED_VALUES], SPLIT) + 1,
+                        T.ceildiv(state[T.max(slots[vb], 0), PACKED_VALUES], split) + tail,
                         0,
                     )
                 )
@@ -67,17 +70,17 @@ def combine(key: KernelKey):
                 acc = T.sblock_alloc_buffer((D,), "float32")
                 top[0] = T.min_value("float32")
                 total[0] = T.float32(0)
-                for x in T.serial(splits):
-                    entry = T.meta_var(T.Select(x == splits - 1, X - 1, x))
+                for x in T.serial(entries):
+                    entry = T.meta_var(T.Select(x >= entries - tail, X - entries + x, x))
                     top[0] = T.max(top[0], part_stat[vb, vh, entry, 0])
                 for d in range(D):
                     with T.sblock("start"):
                         vd = T.axis.spatial(D, d)
                         acc[vd] = T.float32(0)
-                for x in T.serial(splits):
+                for x in T.serial(entries):
                     with T.sblock("entry"):
                         vx = T.axis.opaque(X, x)
-                        entry = T.meta_var(T.Select(vx == splits - 1, X - 1, vx))
+                        entry = T.meta_var(T.Select(vx >= entries - tail, X - entries + vx, vx))
                         below = T.sblock_alloc_buffer((1,), "float32")
                         gain = T.sblock_alloc_buffer((1,), "float32")
                         below[0] = part_stat[vb, vh, entry, 0] - top[0]
@@ -90,13 +93,10 @@ def combine(key: KernelKey):
                 for d in range(D):
                     with T.sblock("out"):
                         vd = T.axis.spatial(D, d)
-                        out[vb, vh, vd] = T.Select(
-                            splits > 0, T.Cast(key.dtype, acc[vd] / total[0]), T.Cast(key.dtype, 0)
+                        out[vb, vh, vd] = T.Cast(
+                            key.dtype,
+                            T.Select(total[0] == T.float32(0), T.float32(0), acc[vd] / total[0]),
                         )
-                lse[vb, vh] = T.if_then_else(
-                    splits > 0,
-                    (top[0] + T.log2(total[0])) * T.float32(math.log(2)),
-                    T.float32(-math.inf),
-                )
+                lse[vb, vh] = (top[0] + T.log2(total[0])) * T.float32(math.log(2))
 
     return combine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class Step:
     """A forward under way: the tokens it adds to each row, and the layers still to come."""
 
     lengths: list[int]
+    added: Tensor
     todo: set[int]
 
 
@@ -64,13 +65,17 @@ class Cache:
         self.state = torch.zeros(
             batch_size, len(layout.STATE_FIELDS), dtype=torch.int32, device=self.device
         )
-        self._one = torch.ones(batch_size, dtype=torch.int32, device=self.device)
-        self._advance_one = (*map(tvm_ffi.from_dlpack, (self.state, self.slots, self._one)), cfg.R)
+        self.state_before = torch.zeros_like(self.state)
+        self.one = torch.ones(batch_size, dtype=torch.int32, device=self.device)
+        self._advance_one = (*map(tvm_ffi.from_dlpack, (self.state, self.slots, self.one)), cfg.R)
         self._lengths = [0] * batch_size
         self._pages = PageTable(cfg, batch_size, self.device)
         self._step: Step | None = None
         self._quiet_steps = 0
-        self.workspace = Workspace(cfg, batch_size, self.device)
+        key = cfg.kernel_key()
+        self.workspace = Workspace(cfg, key, 1, batch_size, self.device)
+        self._extend_key = replace(key, rows_per_query=key.extend_rows)
+        self._extend_workspace: Workspace | None = None
         self.lse = torch.empty(batch_size, cfg.H, device=self.device)
         self._layers = [CacheLayer(self, index) for index in range(num_layers)]
 
@@ -98,8 +103,11 @@ class Cache:
         parts = {
             "packed": sum(layer.packed_nbytes for layer in self._layers),
             "window": sum(layer.window_nbytes for layer in self._layers),
-            "tables": sum(x.nbytes for x in (self.page_table, self.state, self.slots, self._one)),
-            "workspace": self.workspace.nbytes + self.lse.nbytes,
+            "tables": sum(
+                x.nbytes
+                for x in (self.page_table, self.state, self.state_before, self.slots, self.one)
+            ),
+            "workspace": self.lse.nbytes + sum(each.nbytes for each in self._workspaces()),
         }
         return {**parts, "total": sum(parts.values())}
 
@@ -129,7 +137,7 @@ class Cache:
         n : int
             Tokens of this step's tensors: `T` of a prefill, 1 of a decode.
         lengths : sequence of int or Tensor, optional
-            Tokens of each row of a ragged prefill, at most `n`; default `n`.
+            Tokens of each row of a ragged prefill or extend, at most `n`; default `n`.
 
         Raises
         ------
@@ -160,10 +168,11 @@ class Cache:
         self.workspace.fit(after, threads)
         configure_threads(threads)
         tokens = torch.tensor(added, dtype=torch.int32, device=self.device)
+        self.state_before.copy_(self.state)
         self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
         self._lengths = after
         self._quiet_steps = self._steps_without_host_work()
-        self._step = Step(added, set(range(self.num_layers)))
+        self._step = Step(added, tokens, set(range(self.num_layers)))
 
     def _begin_quietly(self) -> None:
         """A step of one token per row for which pages, workspace and work list are in place."""
@@ -171,7 +180,7 @@ class Cache:
         configure_threads(torch.get_num_threads())
         self.kernels["advance"](*self._advance_one)
         self._lengths = [length + 1 for length in self._lengths]
-        self._step = Step([1] * self.batch_size, set(range(self.num_layers)))
+        self._step = Step([1] * self.batch_size, self.one, set(range(self.num_layers)))
 
     def _steps_without_host_work(self) -> int:
         """One-token steps before a key block is due, a split is added or `max_tokens` is met."""
@@ -210,14 +219,31 @@ class Cache:
 
     def check_can_prefill(self) -> None:
         """Raise unless every row was empty before the step."""
-        before = self._lengths
-        if self._step is not None:
-            before = [n - new for n, new in zip(before, self._step.lengths, strict=True)]
+        before = self._lengths_before()
         if any(before):
             raise RuntimeError(
-                f"`prefill` needs an empty cache, got lengths {before}; call `reset()` first "
-                "(several tokens onto a non-empty cache are not supported yet)"
+                f"`prefill` needs an empty cache, got lengths {before}; use `extend` to add tokens "
+                "or call `reset()` first"
             )
+
+    def extension(self) -> tuple[Tensor, Workspace]:
+        """The open step's new tokens per row `int32 [B]`, and scratch for its history."""
+        assert self._step is not None
+        if self._extend_workspace is None:
+            self._extend_workspace = Workspace(
+                self.cfg, self._extend_key, 2, self.batch_size, self.device
+            )
+        self._extend_workspace.fit(self._lengths_before(), torch.get_num_threads())
+        return self._step.added, self._extend_workspace
+
+    def _lengths_before(self) -> list[int]:
+        """Tokens per row before the open step, if there is one."""
+        if self._step is None:
+            return self._lengths
+        return [n - new for n, new in zip(self._lengths, self._step.lengths, strict=True)]
+
+    def _workspaces(self) -> list[Workspace]:
+        return [each for each in (self.workspace, self._extend_workspace) if each is not None]
 
     def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
         """`CacheLayer.prefill` of a cache with one layer."""
@@ -234,6 +260,17 @@ class Cache:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`CacheLayer.decode` of a cache with one layer."""
         return self._only_layer("decode").decode(q, k_new, v_new, scale, return_lse, out)
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """`CacheLayer.extend` of a cache with one layer."""
+        return self._only_layer("extend").extend(q, k, v, lengths, scale)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """`CacheLayer.dequantize` of a cache with one layer."""

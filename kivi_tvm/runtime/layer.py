@@ -20,6 +20,7 @@ from kivi_tvm.runtime.checks import (
 
 if TYPE_CHECKING:
     from kivi_tvm.runtime.cache import Cache
+    from kivi_tvm.runtime.workspace import Workspace
 
 # torch's uint32 lacks most operators on CPU: words are held as int32 and viewed at the call.
 _HELD_AS = {"uint32": torch.int32}
@@ -81,9 +82,15 @@ class CacheLayer:
         self._fill_args = (*keys, *rings, *tables)
         # The hot path's are converted once: ten torch tensors cost 1.2 us in every call.
         self._append_args = _frozen(*keys, *values, *rings, *tables)
+        self._one = tvm_ffi.from_dlpack(cache.one)
         self._attend_args = _frozen(*keys, *values, *tables)
         self._window_args = _frozen(*rings, cache.state, cache.slots)
         self._row_args = _frozen(cache.state, cache.slots)
+        # `extend` reads the history as it was before the step
+        history = _frozen(cache.state_before, cache.slots)
+        self._extend_attend_args = (*self._attend_args[:-2], *history)
+        self._extend_window_args = (*self._window_args[:2], *history)
+        self._extend_row_args = history
         self._lse = tvm_ffi.from_dlpack(cache.lse)
 
     def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
@@ -176,14 +183,107 @@ class CacheLayer:
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty_like(cache.lse) if return_lse else self._lse
-        kernels, parts, work = cache.kernels, cache.workspace.parts, cache.workspace.work
-        kernels["append"](*self._append_args, k_new, v_new, cache.cfg.R, cache.write_back)
+        kernels, space = cache.kernels, cache.workspace
+        parts, work = space.parts, space.work
+        kernels["append"](
+            *self._append_args,
+            self._one,
+            k_new.unsqueeze(2),
+            v_new.unsqueeze(2),
+            cache.cfg.R,
+            cache.write_back,
+        )
         if work is not None:
             kernels["attend"](*self._attend_args, work, q, scale, *parts)
         kernels["attend_window"](*self._window_args, q, scale, *parts)
-        kernels["combine"](*self._row_args, *parts, out, lse)
+        kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
         cache.leave(self.index)
         return (out, lse) if return_lse else out
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attend with several new tokens, then append them all.
+
+        Every query sees the history as it was before the call, and of the new tokens, exactly,
+        itself and those before it. Codes are read once for up to 16 tokens (`extend_rows` of the
+        kernel key); more go through in passes. What is stored equals the tokens appended one by
+        one, bit for bit; the outputs do not equal those of `decode` wherever a key block or a
+        value was quantized on the way.
+
+        Parameters
+        ----------
+        q : Tensor
+            `[B, H, n, D]` in the model dtype, inner stride 1.
+        k, v : Tensor
+            `[B, H_kv, n, D]`, the new keys (after RoPE) and values.
+        lengths : sequence of int or Tensor, optional
+            `[B]`, new tokens of each row, in `0 .. n`; default `n`. Outputs of the queries beyond
+            are finite but mean nothing.
+        scale : float, optional
+            Multiplies the scores; default `D ** -0.5`.
+
+        Returns
+        -------
+        Tensor
+            `[B, H, n, D]` in the model dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument breaks a rule; nothing has changed.
+        RuntimeError
+            The layer was already called in this step.
+        """
+        cache = self._cache
+        (B, H, D), H_kv = self._query_shape, self._token_shape[1]
+        check_tensor("q", q, (B, H, None, D), cache.dtype, cache.device)
+        n = q.shape[2]
+        check_tensor("k", k, (B, H_kv, n, D), cache.dtype, cache.device)
+        check_tensor("v", v, (B, H_kv, n, D), cache.dtype, cache.device)
+        if max(map(span, (q, k, v))) >= INDEX_LIMIT:
+            raise ValueError(f"`q`, `k` and `v` must span less than 2^31 elements, got {q.shape}")
+        scale = D**-0.5 if scale is None else float(scale)
+        cache.enter(self.index, n, lengths)
+        out = torch.empty(B, H, n, D, dtype=cache.dtype, device=cache.device)
+        if n:
+            added, space = cache.extension()
+            for first in range(0, n, space.rows):
+                rows = slice(first, first + space.rows)
+                self._extend_pass(q[:, :, rows], k, v, first, scale, added, space, out[:, :, rows])
+            cache.kernels["append"](*self._append_args, added, k, v, cache.cfg.R, cache.write_back)
+        cache.leave(self.index)
+        return out
+
+    def _extend_pass(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: int,
+        scale: float,
+        added: Tensor,
+        space: Workspace,
+        out: Tensor,
+    ) -> None:
+        """Attention of the queries `q [B, H, <= rows, D]` that start at new token `first`."""
+        kernels, parts = self._cache.kernels, space.parts
+        B, H, used, D = q.shape
+        # The kernels take `rows` tokens' queries of a head as so many heads; the rest is padding.
+        padded = torch.nn.functional.pad(q, (0, 0, 0, space.rows - used)).reshape(B, -1, D)
+        result = torch.empty_like(padded)
+        lse = torch.empty(padded.shape[:2], device=q.device)
+        if space.work is not None:
+            kernels["extend_attend"](*self._extend_attend_args, space.work, padded, scale, *parts)
+        kernels["extend_window"](*self._extend_window_args, padded, scale, *parts)
+        kernels["extend_new"](self._cache.slots, added, k, v, padded, first, scale, *parts)
+        kernels["combine"](*self._extend_row_args, space.split, space.tail, *parts, result, lse)
+        out.copy_(result.view(B, H, space.rows, D)[:, :, :used])
 
     def _check_decode(self, q: Tensor, k_new: Tensor, v_new: Tensor, out: Tensor | None) -> None:
         dtype, device = self._cache.dtype, self._cache.device

@@ -6,25 +6,41 @@ import torch
 import tvm_ffi
 
 from kivi_tvm import layout
-from kivi_tvm.config import KiviConfig
+from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.runtime.checks import outside_inference_mode
 from kivi_tvm.runtime.work import work_list
 
 
 class Workspace:
-    """Partial results for every split of the longest row and the window, and who computes them.
+    """Partial results for every split of the longest row and what follows; who computes them.
+
+    Parameters
+    ----------
+    cfg : KiviConfig
+    key : KernelKey
+        Of the kernels that use it: how many tokens' queries they take, and where they split.
+    tail : int
+        Results that follow the splits: 1 for the window, 2 with new tokens before it.
 
     Attributes
     ----------
+    rows : int
+        Tokens whose queries one pass takes.
+    split, tail : int
+        As `combine` takes them.
     parts : tuple
-        What the kernels take: accumulators `[B, H, X + 1, D]` and statistics `[B, H, X + 1, 2]`.
+        What the kernels take: accumulators `[B, H n, X, D]` and statistics `[B, H n, X, 2]`.
     work : object or None
         What `attend` takes, `int32 [n, 2]` of (row, split); None while nothing is packed.
     """
 
-    def __init__(self, cfg: KiviConfig, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, cfg: KiviConfig, key: KernelKey, tail: int, batch_size: int, device: torch.device
+    ) -> None:
         self._cfg, self._batch_size, self._device = cfg, batch_size, device
-        self._split = cfg.kernel_key().split_tokens
+        self._queries = cfg.H * key.rows_per_query
+        self.rows = key.rows_per_query
+        self.split, self.tail = key.split_tokens, tail
         self._planned: tuple[int, ...] = ()
         self._items = torch.empty(0, 2, dtype=torch.int32)
         self.work: object | None = None
@@ -37,25 +53,25 @@ class Workspace:
     def fit(self, lengths: list[int], threads: int) -> None:
         """Prepare for rows of these lengths and kernels on so many threads."""
         packed = [layout.packed_values(self._cfg, length) for length in lengths]
-        splits = [-(-tokens // self._split) for tokens in packed]
-        if max(splits) >= self._acc.shape[2]:
+        splits = [-(-tokens // self.split) for tokens in packed]
+        if max(splits) + self.tail > self._acc.shape[2]:
             self._allocate(max(splits))
         plan = (threads, *splits)
         if plan != self._planned:
-            self._items = work_list(packed, self._split, self._cfg.H_kv, threads)
+            self._items = work_list(packed, self.split, self._cfg.H_kv, threads)
             self.work = tvm_ffi.from_dlpack(self._items) if len(self._items) else None
             self._planned = plan
 
     def steps_until_new_splits(self, lengths: list[int]) -> int:
         """Tokens that every row can take before its number of splits changes."""
-        R, split = self._cfg.R, self._split
+        R, split = self._cfg.R, self.split
         packed = (layout.packed_values(self._cfg, length) for length in lengths)
         rows = zip(packed, lengths, strict=True)
         return min(-tokens % split if tokens else R - length for tokens, length in rows)
 
     @outside_inference_mode
     def _allocate(self, splits: int) -> None:
-        shape = (self._batch_size, self._cfg.H, splits + 1)
+        shape = (self._batch_size, self._queries, splits + self.tail)
         self._acc = torch.empty(*shape, self._cfg.D, device=self._device)
         self._stat = torch.empty(*shape, 2, device=self._device)
         self.parts = (tvm_ffi.from_dlpack(self._acc), tvm_ffi.from_dlpack(self._stat))
