@@ -170,7 +170,7 @@ def append(key: KernelKey):
                             with T.sblock("write_value"):
                                 vd = T.axis.spatial(D, d)
                                 v_ring[slot, vh, (L - 1) % ring, vd] = v[vb, vh, vi, vd]
-                        # one block around both writers of the key ring: a row's outputs have one each
+                        # one block around both writers of the key ring: an output has one writer
                         with T.sblock("keys"):
                             T.reads(
                                 k[vb, vh, vi, 0:D],

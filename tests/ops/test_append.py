@@ -24,7 +24,9 @@ def check(cfg, lengths, data="normal", write_back=True, rollback=0, view=strided
     pool.lengths = lengths
     pool.store(k, v, write_back)
     expected = Pool(cfg, after, rollback).store(k, v, write_back)
-    library(cfg)["append"](*pool.args(*NAMES), view(k_new), view(v_new), cfg.R, int(write_back))
+    added = torch.ones(len(after), dtype=torch.int32)
+    k_new, v_new = view(k_new[:, :, None]), view(v_new[:, :, None])
+    library(cfg)["append"](*pool.args(*NAMES), added, k_new, v_new, cfg.R, int(write_back))
     pool.assert_equals(expected)
 
 

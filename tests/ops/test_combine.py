@@ -42,7 +42,7 @@ def test_ragged_rows(cfg, spread):
         )
         acc[row, :, unread] = math.nan
         stat[row, :, unread] = math.nan
-    library(cfg)["combine"](pool.state, pool.slots, acc, stat, out, lse)
+    library(cfg)["combine"](pool.state, pool.slots, split, 1, acc, stat, out, lse)
     for row, (want, want_lse) in expected.items():
         assert_close(out[row], want, dtype, what=f"row {row}")
         assert_close(lse[row], want_lse, torch.float32, what=f"row {row} lse")
