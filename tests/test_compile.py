@@ -16,7 +16,7 @@ from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.library import Library
 from kivi_tvm.runtime.module import Module
 
-SAMPLE = 60
+SAMPLE = 40
 
 
 def test_every_operator_is_in_the_module():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from caches import assert_same_outputs, assert_unchanged, feed, new_cache, snapshot
-from configurations import FEW, module
+from configurations import FEW
 from inputs import draw
 
 CFG = FEW[2]  # float32, 16 query heads on 2
@@ -156,6 +156,14 @@ def test_begin(n):
     refused(cache, ValueError, ["`n`", "int of at least 0", repr(n)], lambda: cache.begin(n))
 
 
+@pytest.mark.parametrize(("n", "lengths"), [(5, None), (0, None), (2, [1, 2]), (1, [1, 0])])
+def test_begin_of_a_step_that_no_call_could_finish(inputs, n, lengths):
+    cache = filled(inputs)
+    words = ["one token per row", str(lengths or [n, n]), "[41, 41]"]
+    refused(cache, RuntimeError, words, lambda: cache.begin(n, lengths))
+    assert_same_outputs(*(feed(c, inputs, 2, first=1) for c in (cache, filled(inputs))))
+
+
 @pytest.mark.parametrize("index", [-1, 2, 7])
 def test_layer_index(index):
     cache = new_cache(CFG, B, num_layers=2)
@@ -220,25 +228,3 @@ def test_calls_on_a_cache_of_several_layers(inputs, call):
     args["decode"] = inputs.q[0], inputs.k_new[0], inputs.v_new[0]
     words = [f"cache.{call}", "num_layers=1", "got 2", f"cache.layer(i).{call}"]
     refused(cache, ValueError, words, lambda: getattr(cache, call)(*args[call]))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"rollback": 4}, ["`rollback`", "0", "4"]),
-        ({"window": "open"}, ["`window`", "['kivi', 'exact']", "'open'"]),
-        ({"device": "meta"}, ["`device`", "'cpu'", "'meta'"]),
-        ({"device": "toaster"}, ["`device`", "torch device", "'toaster'"]),
-        ({"num_layers": 0}, ["`num_layers`", "at least 1", "0"]),
-        ({"num_layers": True}, ["`num_layers`", "int", "True"]),
-        ({"batch_size": -2}, ["`batch_size`", "at least 1", "-2"]),
-        ({"max_tokens": 0}, ["`max_tokens`", "at least 1", "0"]),
-        ({"max_tokens": 1.5, "rollback": 1, "window": ""}, ["1.5", "`rollback`", "`window`"]),
-    ],
-    ids=str,
-)
-def test_options(options, words):
-    with pytest.raises(ValueError) as error:
-        module(CFG).new_cache(**options)
-    for word in words:
-        assert word in str(error.value)

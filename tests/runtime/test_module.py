@@ -166,3 +166,25 @@ def test_caches_of_one_module_are_independent():
     one, other = module(CFG).new_cache(), module(CFG).new_cache()
     one.prefill(inputs.k, inputs.v)
     assert other.lengths == [0] and torch.equal(other.state, torch.zeros_like(other.state))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rollback": 4}, ["`rollback`", "0", "4"]),
+        ({"window": "open"}, ["`window`", "['kivi', 'exact']", "'open'"]),
+        ({"device": "meta"}, ["`device`", "'cpu'", "'meta'"]),
+        ({"device": "toaster"}, ["`device`", "torch device", "'toaster'"]),
+        ({"num_layers": 0}, ["`num_layers`", "at least 1", "0"]),
+        ({"num_layers": True}, ["`num_layers`", "int", "True"]),
+        ({"batch_size": -2}, ["`batch_size`", "at least 1", "-2"]),
+        ({"max_tokens": 0}, ["`max_tokens`", "at least 1", "0"]),
+        ({"max_tokens": 1.5, "rollback": 1, "window": ""}, ["1.5", "`rollback`", "`window`"]),
+    ],
+    ids=str,
+)
+def test_options_of_a_cache(options, words):
+    with pytest.raises(ValueError) as error:
+        module(CFG).new_cache(**options)
+    for word in words:
+        assert word in str(error.value)
