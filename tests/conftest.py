@@ -13,6 +13,9 @@ from hypothesis import settings
 
 # Before transformers is imported anywhere: no test reads from the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is: on small tensors its threads mostly wait for each other (92 s became 7 s). Tests
+# that are about threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Kernels may compile inside an example, so a deadline would measure the compiler.
 settings.register_profile("kivi", deadline=None, derandomize=True)

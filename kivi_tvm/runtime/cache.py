@@ -142,12 +142,17 @@ class Cache:
         Raises
         ------
         RuntimeError
-            The previous step is not finished: some layers were not called. Or the cache holds
-            tokens and the step would not add exactly one to every row.
+            The previous step is not finished: some layers were not called.
         ValueError
             A length is out of range or `max_tokens` would be exceeded; nothing has changed.
         """
-        if self._quiet_steps and n == 1 and lengths is None and self._step is None:
+        if (
+            self._quiet_steps
+            and n == 1
+            and n is not True
+            and lengths is None
+            and self._step is None
+        ):
             self._begin_quietly()
             return
         if self._step is not None:
@@ -158,11 +163,6 @@ class Cache:
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise ValueError(f"`n` must be an int of at least 0, got {n!r}")
         added = check_lengths(lengths, self.batch_size, n)
-        if any(self._lengths) and added != [1] * self.batch_size:
-            raise RuntimeError(
-                f"a step of a cache that holds tokens must add one token per row, got {added} onto "
-                f"lengths {self._lengths} (several tokens are not supported yet)"
-            )
         after = [old + new for old, new in zip(self._lengths, added, strict=True)]
         if self.max_tokens is not None and max(after) > self.max_tokens:
             raise ValueError(

@@ -62,6 +62,21 @@ def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     )
 
 
+def check_no_overlap(name: str, x: Tensor) -> None:
+    """Raise if two elements of `x` share memory: an output would overwrite itself.
+
+    Raises
+    ------
+    ValueError
+        A stride is too small for the sizes inside it.
+    """
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(f"`{name}` must not overlap itself, got strides {x.stride()}")
+        extent = max(extent, stride * size)
+
+
 def check_lengths(lengths: object, batch_size: int, tokens: int) -> list[int]:
     """`lengths` as a list of ints, each in `0 .. tokens`; None means `tokens` for every row.
 

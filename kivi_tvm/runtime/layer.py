@@ -12,6 +12,7 @@ from torch import Tensor
 from kivi_tvm import layout
 from kivi_tvm.runtime.checks import (
     INDEX_LIMIT,
+    check_no_overlap,
     check_tensor,
     fits,
     outside_inference_mode,
@@ -294,8 +295,9 @@ class CacheLayer:
             check_tensor("k_new", k_new, token, dtype, device)
         if not fits(v_new, token, dtype, device):
             check_tensor("v_new", v_new, token, dtype, device)
-        if out is not None and not fits(out, query, dtype, device):
+        if out is not None and not (fits(out, query, dtype, device) and out.is_contiguous()):
             check_tensor("out", out, query, dtype, device)
+            check_no_overlap("out", out)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """What attention sees, dense: dequantized tokens, then the window.

@@ -156,12 +156,18 @@ def test_begin(n):
     refused(cache, ValueError, ["`n`", "int of at least 0", repr(n)], lambda: cache.begin(n))
 
 
-@pytest.mark.parametrize(("n", "lengths"), [(5, None), (0, None), (2, [1, 2]), (1, [1, 0])])
-def test_begin_of_a_step_that_no_call_could_finish(inputs, n, lengths):
+def test_begin_takes_no_bool_between_quick_steps(inputs):
     cache = filled(inputs)
-    words = ["one token per row", str(lengths or [n, n]), "[41, 41]"]
-    refused(cache, RuntimeError, words, lambda: cache.begin(n, lengths))
-    assert_same_outputs(*(feed(c, inputs, 2, first=1) for c in (cache, filled(inputs))))
+    feed(cache, inputs, 1, first=1)
+    refused(cache, ValueError, ["`n`", "True"], lambda: cache.begin(True))
+
+
+def test_out_that_overlaps_itself(inputs):
+    cache = filled(inputs)
+    args = inputs.q[1], inputs.k_new[1], inputs.v_new[1]
+    out = torch.empty(1, CFG.H, CFG.D).expand(B, -1, -1)
+    words = ["`out`", "overlap", "(0, "]
+    refused(cache, ValueError, words, lambda: cache.decode(*args, out=out))
 
 
 @pytest.mark.parametrize("index", [-1, 2, 7])

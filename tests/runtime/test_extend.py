@@ -146,8 +146,8 @@ def test_refused_lengths_change_nothing():
     q, k, v = draw_turn(cfg, [40], 9)
     cache.extend(q, k, v)
     before = snapshot(cache)
-    with pytest.raises(ValueError, match="`lengths` must be in 0..40"):
+    with pytest.raises(ValueError, match=r"`lengths` must be in 0\.\.40"):
         cache.extend(q, k, v, lengths=[41])
-    with pytest.raises(ValueError, match="`max_tokens`=50 would be exceeded"):
+    with pytest.raises(ValueError, match=r"`max_tokens`=50 would be exceeded"):
         cache.extend(q, k, v)
     assert_unchanged(cache, before, [40])
