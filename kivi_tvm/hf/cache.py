@@ -12,12 +12,11 @@ from transformers.cache_utils import DynamicCache
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.hf.layer import KiviLayer
 from kivi_tvm.hf.limits import LimitedCache
-from kivi_tvm.hf.padding import Padding, check_decode_mask, prompt_padding, same_padding
+from kivi_tvm.hf.padding import Padding, extend_history, same_padding, step_padding
 from kivi_tvm.hf.store import Geometry, LayerStore, Step, Store
 from kivi_tvm.hf.support import (
     ATTENTION_NAME,
     check_config,
-    check_extend,
     check_options,
     is_full_attention,
     layers_alike,
@@ -30,6 +29,11 @@ class KiviCache(LimitedCache):
     Full-attention layers are held in 2-, 4- or 8-bit pages; sliding-window and linear layers of
     hybrid models stay in transformers' own cache layers. The model must use the attention
     implementation "kivi_tvm" (`model.set_attn_implementation("kivi_tvm")`).
+
+    Several tokens may come on top of stored ones: chunked prefill (`prefill_chunk_size`) and
+    continued chats (another `generate` with the same cache), with padding anywhere in the new
+    columns. They see the history as it was before the step and each other exactly, so results
+    depend on the chunks. Beams, cropping and sharing a prefix are refused.
 
     Parameters
     ----------
@@ -85,7 +89,7 @@ class KiviCache(LimitedCache):
             raise ValueError(f"`config` must have a full-attention layer, got only {kinds}")
         self.pending: int | None = None
         self._step: Step | None = None
-        self._padding: Padding | None = None
+        self._history: Tensor | None = None  # which stored columns are padding
         self._stores: list[Store] = []
 
     def _new_layers(self) -> list[Any]:
@@ -116,7 +120,7 @@ class KiviCache(LimitedCache):
             )
         if mask is not step.mask:
             padding = self._check_mask(mask, key.shape[0], start, tokens)
-            if start == 0 and not same_padding(padding, step.padding):
+            if not same_padding(padding, step.padding):
                 raise NotImplementedError(
                     f"`attention_mask` must hide the same columns in all layers, got another "
                     f"padding in layer {index}"
@@ -127,9 +131,9 @@ class KiviCache(LimitedCache):
         """Make room for `step` and give layer `index`'s part of the runtime cache."""
         store = self._store(index, Geometry.of(query, key))
         store.begin(step)
-        if step.start == 0:
-            self._padding = step.padding
-        self._step = step
+        if self._step is not step:
+            self._history = extend_history(self._history, step.start, step.padding)
+            self._step = step
         return store.layer(index)
 
     def end_layer(self, step: Step, index: int) -> None:
@@ -139,10 +143,8 @@ class KiviCache(LimitedCache):
             self._step = None
 
     def _check_mask(self, mask: Tensor | None, B: int, start: int, tokens: int) -> Padding | None:
-        if start == 0:
-            return prompt_padding(mask, B, tokens)
-        check_decode_mask(mask, self._padding, B, start + tokens)
-        return None
+        history = None if self._history is None else self._history[:, :start]
+        return step_padding(mask, history, B, start, tokens)
 
     # The runtime caches.
 
@@ -223,18 +225,6 @@ class KiviCache(LimitedCache):
 
     # transformers' cache interface.
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As `Cache.update`, refusing what a KIVI layer would before any other layer stores it."""
-        first = self._kivi[0]
-        if layer_idx < first:
-            check_extend(key_states.shape[2], self.layers[first].columns)
-        keys: Tensor
-        values: Tensor
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return keys, values
-
     def reset(self) -> None:
         """Forget every token and keep the memory; also ends a forward that failed half-way."""
         fresh = self._new_layers()
@@ -247,4 +237,4 @@ class KiviCache(LimitedCache):
         for store in self._stores:
             store.cache.reset()
             store.step = None
-        self.pending = self._step = self._padding = None
+        self.pending = self._step = self._history = None

@@ -19,6 +19,7 @@ from kivi_tvm.hf.support import check_call, check_states, unsupported
 
 if TYPE_CHECKING:
     from kivi_tvm.hf.cache import KiviCache
+    from kivi_tvm.hf.store import LayerStore, Step
 
 _NOTE = "_kivi_layer"
 
@@ -26,6 +27,20 @@ _NOTE = "_kivi_layer"
 def _sdpa(*args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = sdpa_attention_forward(*args, **kwargs)[0]
     return out
+
+
+def _append(
+    store: LayerStore, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> Tensor:
+    """Attention `[B, T, H, D]` of new tokens on top of stored ones, which are then stored too."""
+    if step.tokens == 1 and step.padding is None:
+        out = store.decode(query[:, :, 0], key[:, :, 0], value[:, :, 0], scale=scale)
+        return out.unsqueeze(1)
+    q, k, v = map(step.compact, (query, key, value))
+    out = store.extend(q, k, v, lengths=step.lengths, scale=scale)
+    if step.padding is not None:
+        return step.padding.scatter(out)
+    return out.transpose(1, 2).contiguous()
 
 
 def layer_of(key: Tensor) -> KiviLayer | None:
@@ -64,11 +79,11 @@ class KiviLayer(CacheLayerMixin):
         ------
         RuntimeError
             The previous step did not go through the attention implementation "kivi_tvm".
-        ValueError, NotImplementedError
+        ValueError
             The new tokens cannot be appended.
         """
         self._cache.check_not_pending()
-        check_states(key_states, value_states, self.columns)
+        check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
@@ -96,22 +111,19 @@ class KiviLayer(CacheLayerMixin):
         """Attend over the stored tokens and the new ones, and store those: `[B, T, H, D]`.
 
         A prompt's attention is exact, by transformers' sdpa; its keys and values are then
-        stored without padding. A single token on top goes through `decode`.
+        stored without padding. A single token on top goes through `decode`; several, or one
+        that is padding in some rows, go through `extend`, and padding's outputs are zeros.
         """
         self._take_pending(key, value)
         check_call(module, query, key, dropout, kwargs)
         step = self._cache.enter_step(self.index, self.columns, key, attention_mask)
-        if self.columns:
-            store = self._cache.begin_step(step, self.index, query, key)
-            out = store.decode(query[:, :, 0], key[:, :, 0], value[:, :, 0], scale=scaling)
-            out = out.unsqueeze(1)
-        else:
+        if not self.columns:
             out = _sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             store = self._cache.begin_step(step, self.index, query, key)
-            k, v = key, value
-            if step.padding is not None:
-                k, v = step.padding.compact(key), step.padding.compact(value)
-            store.prefill(k, v, lengths=step.lengths)
+            store.prefill(step.compact(key), step.compact(value), lengths=step.lengths)
+        else:
+            store = self._cache.begin_step(step, self.index, query, key)
+            out = _append(store, step, query, key, value, scaling)
         self.columns += step.tokens
         self._cache.end_layer(step, self.index)
         return out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Which prompt columns are real tokens.
+    """Which new columns are real tokens.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Padding:
     lengths: list[int]
 
     def compact(self, x: Tensor) -> Tensor:
-        """`x [B, H_kv, T, D]` without its padding: `[B, H_kv, max(lengths), D]`.
+        """`x [B, H, T, D]` without its padding: `[B, H, max(lengths), D]`.
 
         Row `i` starts with its `lengths[i]` real tokens in order; what follows is padding.
         """
@@ -32,55 +32,82 @@ class Padding:
         index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         return x.gather(2, index)
 
+    def scatter(self, x: Tensor) -> Tensor:
+        """The inverse of `compact`, heads last: `[B, T, H, D]`, zeros on padding."""
+        B, H, width, D = x.shape
+        lengths = self.visible.sum(1, keepdim=True)
+        real = torch.arange(width, device=x.device) < lengths
+        out = x.new_zeros(B, self.visible.shape[1], H, D)
+        out[self.visible] = x.transpose(1, 2)[real]
+        return out
 
-def prompt_padding(mask: Tensor | None, batch_size: int, tokens: int) -> Padding | None:
-    """Padding of a prompt of `tokens` columns from its causal mask; None if there is none.
+
+def step_padding(
+    mask: Tensor | None, history: Tensor | None, batch_size: int, start: int, tokens: int
+) -> Padding | None:
+    """Padding of `tokens` new columns on top of `start` stored ones; None if there is none.
+
+    Parameters
+    ----------
+    mask : Tensor or None
+        bool `[B or 1, 1, tokens, start + tokens]`; None hides nothing.
+    history : Tensor or None
+        bool `[B, <= start]`, False on the padding known so far; later columns are real.
 
     Raises
     ------
     NotImplementedError
-        The mask is not "causal and padding": decode could not continue it.
+        A stored column changed between hidden and visible, or the mask is not "causal and
+        padding": later steps could not continue it.
     """
     if mask is None:
+        if history is not None:
+            _check_stored(torch.ones_like(history), history)
         return None
-    row = padding_row(mask, batch_size, tokens, tokens)
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril_()
-    for i in range(batch_size):
-        if not torch.equal(mask[i % mask.shape[0], 0], causal & row[i]):
-            raise _custom(f"one whose row {i} is not causal with padding")
-    if bool(row.all()):
+    row = padding_row(mask, batch_size, tokens, start + tokens)
+    _check_stored(row[:, :start], history)
+    if tokens > 1:
+        _check_causal(mask, row, start)
+    visible = row[:, start:]
+    if bool(visible.all()):
         return None
-    return Padding(row, row.sum(1).tolist())
+    return Padding(visible, visible.sum(1).tolist())
 
 
-def check_decode_mask(
-    mask: Tensor | None, padding: Padding | None, batch_size: int, columns: int
-) -> None:
-    """Check that a decode step over `columns` columns hides exactly the prompt's padding.
+def extend_history(history: Tensor | None, start: int, padding: Padding | None) -> Tensor | None:
+    """`history` of `start` columns with the new columns' padding behind it."""
+    if padding is None:
+        return history
+    return torch.cat([_whole(history, padding.visible, start), padding.visible], 1)
 
-    Raises
-    ------
-    NotImplementedError
-        A column changed between hidden and visible since it was stored.
-    """
-    prompt = None if padding is None else padding.visible
-    given = None if mask is None else padding_row(mask, batch_size, 1, columns)
-    known = given if prompt is None else prompt
-    if known is None:
-        return
-    stored = torch.ones(batch_size, columns, dtype=torch.bool, device=known.device)
-    seen = stored if given is None else given
-    if prompt is not None:
-        stored = stored.clone()
-        stored[:, : prompt.shape[1]] = prompt
+
+def _whole(history: Tensor | None, like: Tensor, start: int) -> Tensor:
+    """`history` as bool `[B, start]`."""
+    stored = torch.ones(like.shape[0], start, dtype=torch.bool, device=like.device)
+    if history is not None:
+        known = history[:, :start]
+        stored[:, : known.shape[1]] = known
+    return stored
+
+
+def _check_stored(seen: Tensor, history: Tensor | None) -> None:
+    stored = _whole(history, seen, seen.shape[1])
     if torch.equal(seen, stored):
         return
     row, column = (seen != stored).nonzero()[0].tolist()
     now = "visible" if seen[row, column] else "hidden"
     raise NotImplementedError(
-        "`attention_mask` must keep hiding the prompt's padding and nothing else, got row "
+        "`attention_mask` must keep hiding the padding of earlier steps and nothing else, got row "
         f"{row}, column {column} newly {now}: KiviCache cannot change stored tokens yet"
     )
+
+
+def _check_causal(mask: Tensor, row: Tensor, start: int) -> None:
+    tokens, columns = mask.shape[2:]
+    causal = torch.ones(tokens, columns, dtype=torch.bool, device=mask.device).tril_(start)
+    for i in range(row.shape[0]):
+        if not torch.equal(mask[i % mask.shape[0], 0], causal & row[i]):
+            raise _custom(f"one whose row {i} is not causal with padding")
 
 
 def padding_row(mask: Tensor, batch_size: int, tokens: int, columns: int) -> Tensor:

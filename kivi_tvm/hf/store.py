@@ -21,6 +21,16 @@ class LayerStore(Protocol):
     def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """Append `k, v [B, H_kv, D]`, then attend with `q [B, H, D]`."""
 
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attend with `q [B, H, n, D]`, then append `k, v [B, H_kv, n, D]`."""
+
 
 class CacheStore(Protocol):
     """What is used of a runtime cache."""
@@ -74,7 +84,7 @@ class Step:
     start, tokens : int
         Columns stored before the step, and new ones.
     padding : Padding or None
-        Of the new columns; only a prompt has any.
+        Of the new columns.
     mask : Tensor or None
         The mask that was checked; other layers usually get the very same object.
     waiting : set of int
@@ -95,6 +105,10 @@ class Step:
     def width(self) -> int:
         """Tokens of the longest row: columns that are left after compaction."""
         return self.tokens if self.padding is None else max(self.padding.lengths)
+
+    def compact(self, x: Tensor) -> Tensor:
+        """`x [B, H, T, D]` without padding: `[B, H, width, D]`."""
+        return x if self.padding is None else self.padding.compact(x)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ HF_LAYER_TYPES = (
     "DummyLayer",
 )
 
-# Arguments of an attention function that change its result and that `decode` does not know.
+# Arguments of an attention function that change its result and that kivi_tvm does not know.
 CALL_RULES = {
     "softcap": "decode attention has no logit soft-capping",
     "s_aux": "decode attention has no sink logits",
@@ -119,8 +119,8 @@ def layers_alike(config: Any, layers: list[int], index: int) -> list[int]:
     return [i for i in layers if shape(i) == shape(index)]
 
 
-def check_states(key: Tensor, value: Tensor, columns: int) -> None:
-    """Refuse new keys and values that cannot be appended after `columns` columns."""
+def check_states(key: Tensor, value: Tensor) -> None:
+    """Refuse new keys and values that cannot be appended."""
     if key.shape != value.shape or key.ndim != 4:
         raise ValueError(
             "`key_states` and `value_states` must have one shape [B, H_kv, T, D], got "
@@ -128,17 +128,6 @@ def check_states(key: Tensor, value: Tensor, columns: int) -> None:
         )
     if key.shape[2] < 1:
         raise ValueError(f"`key_states` must have at least one token, got {list(key.shape)}")
-    check_extend(key.shape[2], columns)
-
-
-def check_extend(tokens: int, columns: int) -> None:
-    """Refuse several new tokens on a cache that holds some already."""
-    if tokens > 1 and columns:
-        raise NotImplementedError(
-            "KiviCache takes one token at a time after the prompt (no chunked prefill, continued "
-            f"chat or speculative decoding yet), got {tokens} tokens on top of {columns} columns; "
-            "call `reset()` and pass the whole prompt"
-        )
 
 
 def check_call(

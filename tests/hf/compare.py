@@ -83,3 +83,50 @@ def compare(got: Tensor, want: Tensor) -> Comparison:
         worst=float(error.max()),
         median=float(error.median()),
     )
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Logits `[positions, vocabulary]` of every real token, in the order of the forwards.
+
+    `seen` and `prompt` `[positions]`: tokens of the row that a position could see quantized, and
+    tokens of the row's first turn. `tokens [B, steps]` were generated.
+    """
+
+    logits: Tensor
+    seen: Tensor
+    prompt: Tensor
+    tokens: Tensor
+
+    def clean(self, R: int) -> Tensor:
+        """Positions that saw nothing quantized but tokens of the first turn, in blocks of `R`."""
+        return (self.seen // R * R <= self.prompt) & (self.seen - R <= self.prompt)
+
+
+@torch.no_grad()
+def talk(
+    model: Any, cache: Any, turns: list[tuple[dict[str, Tensor], int]], tokens: Tensor | None = None
+) -> Talk:
+    """Turns of new columns, each one forward, followed by decode steps on `tokens` or greedy."""
+    mask = turns[0][0]["attention_mask"][:, :0]
+    prompt = turns[0][0]["attention_mask"].sum(1)
+    found, fed, greedy = [], [], mask
+    for inputs, steps in turns:
+        new, shown = inputs["input_ids"], inputs["attention_mask"]
+        for step in range(steps + 1):
+            if step:
+                new = greedy if tokens is None else tokens[:, len(fed)][:, None]
+                shown = torch.ones_like(new)
+                fed.append(new)
+            # A decode step appends first; several tokens see the history as it was.
+            seen = mask.sum(1) + (1 if step else 0)
+            mask = torch.cat([mask, shown], 1)
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            logits = model(
+                input_ids=new, attention_mask=mask, position_ids=position, past_key_values=cache
+            ).logits
+            greedy = logits[:, -1].argmax(-1, keepdim=True)
+            row, _ = shown.nonzero(as_tuple=True)
+            found.append((logits[shown.bool()], seen[row], prompt[row]))
+    fed = torch.cat([mask[:, :0], *fed], 1)
+    return Talk(*(torch.cat(part) for part in zip(*found)), fed)

@@ -53,6 +53,9 @@ class TapedLayer:
     def decode(self, q, k, v, scale=None):
         return self.layer.decode(q, *self.through(k, v), scale=scale)
 
+    def extend(self, q, k, v, lengths=None, scale=None):
+        return self.layer.extend(q, *self.through(k, v), lengths=lengths, scale=scale)
+
 
 class TapedModule:
     """A module whose caches store what `through(k, v)` gives."""

@@ -8,9 +8,8 @@ import pickle
 import pytest
 import torch
 from hf.compare import run
-from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
+from hf.tiny import pad, prompt, tiny_llama
 from hf.torch_kivi import TorchKiviCache
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +40,9 @@ def filled(llama, inputs, **options):
     return cache
 
 
-def mask_after(inputs, **hidden):
-    """The mask of one more token; `hidden={"row": column}` as r0=..., `shown` likewise."""
-    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+def mask_after(inputs, tokens=1, **hidden):
+    """The mask of more tokens; `hidden` says row and column: h0=4 hides, s0=4 shows."""
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, tokens, dtype=torch.long)], 1)
     for name, column in hidden.items():
         mask[int(name[1]), column] = int(name[0] == "s")
     return mask
@@ -74,7 +73,6 @@ def test_unsupported_methods(llama, inputs, call, message):
     [
         ({"num_beams": 2}, "beam search"),
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
-        ({"prefill_chunk_size": 4}, "one token at a time after the prompt.*got 4 tokens on top"),
     ],
 )
 def test_unsupported_generate(llama, options, message):
@@ -88,22 +86,20 @@ def test_unsupported_generate(llama, options, message):
         )
 
 
-def test_several_tokens_on_a_filled_cache(llama, inputs):
+def test_several_tokens_with_a_bidirectional_mask(llama, inputs):
     cache = filled(llama, inputs)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="got 3 tokens on top of 9"):
-        llama(prompt(3, 2), past_key_values=cache)
+    mask = mask_after(inputs, tokens=3).bool()[:, None, None].expand(2, 1, 3, 12)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="row 0 is not causal"):
+        llama(prompt(3, 2), attention_mask=mask, past_key_values=cache)
     assert unchanged(llama, cache, inputs)
 
 
-def test_several_tokens_leave_sliding_layers_alone(inputs):
-    kinds = ["sliding_attention", "full_attention"]
-    config = Qwen3Config(**TINY, layer_types=kinds, sliding_window=16, use_sliding_window=True)
-    model = prepare(Qwen3ForCausalLM(config))
-    cache = filled(model, inputs)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="got 3 tokens on top of 9"):
-        model(prompt(3, 2), past_key_values=cache)
-    assert cache.get_seq_length() == 9
-    assert unchanged(model, cache, inputs)
+def test_several_tokens_beyond_max_tokens(llama, inputs):
+    cache = filled(llama, inputs, max_tokens=11)
+    mask = mask_after(inputs, tokens=3)
+    with torch.no_grad(), pytest.raises(ValueError, match="max_tokens"):
+        llama(prompt(3, 2), attention_mask=mask, past_key_values=cache)
+    assert unchanged(llama, cache, inputs)
 
 
 @pytest.mark.parametrize(
@@ -111,21 +107,22 @@ def test_several_tokens_leave_sliding_layers_alone(inputs):
     [
         ({"h0": 4}, "row 0, column 4 newly hidden"),
         ({"s1": 1}, "row 1, column 1 newly visible"),
-        ({"h1": 9}, "row 1, column 9 newly hidden"),
     ],
 )
-def test_columns_that_change(llama, inputs, hidden, message):
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_columns_that_change(llama, inputs, hidden, message, tokens):
     cache = filled(llama, inputs)
-    mask = mask_after(inputs, **hidden)
+    mask = mask_after(inputs, tokens, **hidden)
     with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
-        llama(prompt(1, 2), attention_mask=mask, past_key_values=cache)
+        llama(prompt(tokens, 2), attention_mask=mask, past_key_values=cache)
     assert unchanged(llama, cache, inputs)
 
 
-def test_forgotten_mask_of_a_padded_batch(llama, inputs):
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_forgotten_mask_of_a_padded_batch(llama, inputs, tokens):
     cache = filled(llama, inputs)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="newly visible"):
-        llama(prompt(1, 2), past_key_values=cache)
+        llama(prompt(tokens, 2), past_key_values=cache)
     assert unchanged(llama, cache, inputs)
 
 

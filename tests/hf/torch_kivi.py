@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.hf import KiviCache
@@ -67,6 +68,21 @@ class TorchLayer:
 
     def decode(self, q, k, v, scale=None):
         return self.cache.decode(q, k, v, scale).to(q.dtype)
+
+    def extend(self, q, k, v, lengths=None, scale=None):
+        """Attend to the history as it is, and causally to the exact new tokens; then append."""
+        out, dtype = torch.zeros_like(q), self.cache.accumulate
+        for i, row in enumerate(self.cache.rows):
+            n = q.shape[2] if lengths is None else lengths[i]
+            if n:
+                new = k[i, :, :n], v[i, :, :n]
+                seen = [torch.cat(x, 1).to(dtype) for x in zip(row.visible(), new)]
+                causal = torch.ones(n, row.length + n, dtype=torch.bool).tril(row.length)
+                out[i, :, :n] = scaled_dot_product_attention(
+                    q[i, :, :n].to(dtype), *seen, attn_mask=causal, scale=scale, enable_gqa=True
+                )
+                row.append(*new)
+        return out
 
 
 class TorchKiviCache(KiviCache):
