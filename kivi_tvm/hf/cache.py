@@ -17,6 +17,7 @@ from kivi_tvm.hf.store import Geometry, LayerStore, Step, Store
 from kivi_tvm.hf.support import (
     ATTENTION_NAME,
     check_config,
+    check_in_step,
     check_options,
     is_full_attention,
     layers_alike,
@@ -111,6 +112,7 @@ class KiviCache(LimitedCache):
         """The forward that layer `index` is in, checked; nothing is changed."""
         step, tokens = self._step, key.shape[2]
         if step is None:
+            check_in_step(self.layers[:index], start + tokens)
             padding = self._check_mask(mask, key.shape[0], start, tokens)
             return Step(start, tokens, padding, mask, set(self._kivi))
         if index not in step.waiting or (start, tokens) != (step.start, step.tokens):

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import transformers
 from torch import Tensor, is_grad_enabled
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kivi_tvm.config import WINDOWS, KiviConfig
 
@@ -128,6 +128,22 @@ def check_states(key: Tensor, value: Tensor) -> None:
         )
     if key.shape[2] < 1:
         raise ValueError(f"`key_states` must have at least one token, got {list(key.shape)}")
+
+
+def check_in_step(layers: list[Any], columns: int) -> None:
+    """Refuse to go on if a sliding layer kept tokens of a forward that a KIVI layer refused.
+
+    Raises
+    ------
+    RuntimeError
+        One of `layers`, which come before the KIVI layer, has seen other than `columns` columns.
+    """
+    for i, layer in enumerate(layers):
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() != columns:
+            raise RuntimeError(
+                f"layer {i} has seen {layer.get_seq_length()} columns instead of {columns}: an "
+                "earlier forward stopped half-way; `reset()` the cache and pass the whole prompt"
+            )
 
 
 def check_call(

@@ -99,6 +99,21 @@ def test_hybrid_model(name, first):
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
 
 
+def test_refused_step_of_a_hybrid_model_is_noticed():
+    kinds = ["sliding_attention", "full_attention"]
+    config = Qwen3Config(**TINY, layer_types=kinds, sliding_window=16, use_sliding_window=True)
+    model, cache = prepare(Qwen3ForCausalLM(config)), TorchKiviCache(config)
+    talk(model, cache, [(turn(9, 6), 0)])
+    mask = torch.ones(2, 12, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="newly visible"):
+        model(prompt(3, 2), attention_mask=mask, past_key_values=cache)
+    mask[1, :3] = 0
+    with torch.no_grad(), pytest.raises(RuntimeError, match="seen 15 columns instead of 12"):
+        model(prompt(3, 2), attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    talk(model, cache, [(turn(9, 6), 1)])
+
+
 def test_padding_of_a_later_turn_is_remembered(llama):
     cache = TorchKiviCache(llama.config)
     talk(llama, cache, [(turn(9, 6), 2), (turn(3, 5, seed=1), 2)])
