@@ -33,6 +33,7 @@ class Step:
     lengths: list[int]
     added: Tensor
     todo: set[int]
+    history_is_set: bool = False
 
 
 class Cache:
@@ -174,7 +175,6 @@ class Cache:
         self.workspace.fit(after, threads)
         configure_threads(threads)
         tokens = torch.tensor(added, dtype=torch.int32, device=self.device)
-        self.state_before.copy_(self.state)
         self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
         self._lengths = after
         self._quiet_steps = self._steps_without_host_work()
@@ -239,7 +239,12 @@ class Cache:
             self._extend_workspace = Workspace(
                 self.cfg, self._extend_key, 2, self.batch_size, self.device
             )
-        self._extend_workspace.fit(self._lengths_before(), torch.get_num_threads())
+        if not self._step.history_is_set:
+            before, cfg = self._lengths_before(), self.cfg
+            packed = [(n, layout.packed_keys(cfg, n), layout.packed_values(cfg, n)) for n in before]
+            self.state_before[:, :3] = torch.tensor(packed, dtype=torch.int32)
+            self._extend_workspace.fit(before, torch.get_num_threads())
+            self._step.history_is_set = True
         return self._step.added, self._extend_workspace
 
     def _lengths_before(self) -> list[int]:

@@ -112,6 +112,20 @@ def test_layers_share_a_step():
     assert torch.equal(one, two) and cache.lengths == [5]
 
 
+def test_one_token_between_decodes():
+    """History is the state before the call on every kind of step."""
+    cfg = with_window(FEW[0], 32)
+    cache, reference = new_cache(cfg), ReferenceCache(cfg, 1)
+    for turn in range(70):
+        q, k, v = draw_turn(cfg, [1], turn)
+        if turn % 3:
+            cache.decode(q[:, :, 0], k[:, :, 0], v[:, :, 0])
+        else:
+            want = expected_out(reference.rows[0], q[0], k[0], v[0])
+            assert_close(cache.extend(q, k, v)[0], want, q.dtype, what=f"turn {turn}")
+        reference.append(k[:, :, 0], v[:, :, 0])
+
+
 def test_no_tokens_change_nothing():
     cfg = FEW[0]
     cache = new_cache(cfg)
