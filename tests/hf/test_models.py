@@ -115,6 +115,6 @@ def test_head_dim_without_kernels():
 
 
 def test_old_transformers(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "5.16.2")
+    monkeypatch.setattr("kivi_tvm.hf.support.transformers.__version__", "5.16.2")
     with pytest.raises(ImportError, match=r"transformers>=5.17, got 5.16.2"):
         require_transformers()
