@@ -69,10 +69,13 @@ class Module:
         ArtifactError
             The name does not end in .so, or its directory does not exist.
         UserError
-            The kernels were compiled in process and there is no C++ compiler to link them.
+            The kernels were compiled in process and there is no C++ compiler to link them, or the
+            file they were loaded from is gone.
         """
         if self._kernels is None:
             origin = Path(self.library.origin)
+            if not origin.is_file():
+                raise UserError(f"`save` copies {origin}, which was removed; build the module again")
             write_artifact(Path(path), self._manifest, partial(_copy, origin))
             return
         if find_cxx() is None:

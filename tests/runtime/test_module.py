@@ -188,3 +188,12 @@ def test_options_of_a_cache(options, words):
         module(CFG).new_cache(**options)
     for word in words:
         assert word in str(error.value)
+
+
+def test_save_after_the_file_was_removed(tmp_path):
+    module(CFG).save(tmp_path / "one.so")
+    loaded = load(tmp_path / "one.so")
+    (tmp_path / "one.so").unlink()
+    with pytest.raises(UserError, match=r"one\.so, which was removed"):
+        loaded.save(tmp_path / "two.so")
+    assert not (tmp_path / "two.so").exists()
