@@ -75,7 +75,7 @@ class Module:
         if self._kernels is None:
             origin = Path(self.library.origin)
             if not origin.is_file():
-                raise UserError(f"`save` copies {origin}, which was removed; build the module again")
+                raise UserError(f"`save` copies {origin}, which was removed; build again")
             write_artifact(Path(path), self._manifest, partial(_copy, origin))
             return
         if find_cxx() is None:
