@@ -11,7 +11,7 @@ from tolerance import assert_close
 
 from kivi_tvm import targets
 from kivi_tvm.compile import compile_kernels, scheduled_module
-from kivi_tvm.ops import OPS
+from kivi_tvm.ops import FUNCTIONS
 from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.library import Library
 from kivi_tvm.runtime.module import Module
@@ -22,8 +22,8 @@ SAMPLE = 40
 def test_every_operator_is_in_the_module():
     key = config(POINTS[2]).kernel_key()
     mod = scheduled_module(key, targets.resolve("native"))
-    assert {var.name_hint for var in mod.get_global_vars()} == set(OPS)
-    for name in OPS:
+    assert {var.name_hint for var in mod.get_global_vars()} == set(FUNCTIONS)
+    for name in FUNCTIONS:
         assert mod[name].attrs["global_symbol"] == name
 
 

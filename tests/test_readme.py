@@ -51,6 +51,7 @@ def test_transformers_example_runs():
         num_hidden_layers=2,
         intermediate_size=64,
         vocab_size=64,
+        eos_token_id=None,  # random weights may pick any token: none of them ends the text
     )
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.arange(40)[None] % 64
