@@ -98,8 +98,8 @@ class Cache:
         """Bytes actually held, by part.
 
         "packed" (codes, scales and zeros of the page pool), "window" (full-precision rings),
-        "tables" (page table, lengths, work list), "workspace" (partial results, shared by all
-        layers) and "total".
+        "tables" (page table, lengths, slots), "workspace" (partial results and work lists, shared
+        by all layers) and "total".
         """
         parts = {
             "packed": sum(layer.packed_nbytes for layer in self._layers),
