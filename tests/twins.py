@@ -98,9 +98,6 @@ class Twins:
     def extend(self, lengths):
         """New tokens for every row with a length; inactive ones begin anew."""
         for i, (q, k, v) in enumerate(self.draw(lengths)):
-            for row, n in enumerate(lengths):
-                if n:
-                    self._reference_row(i, row)
             out = self.cache.layer(i).extend(q, k, v, lengths=lengths)
             want = self.references[i].extend(q, k, v, lengths=lengths)
             for row, n in enumerate(lengths):
@@ -154,7 +151,7 @@ class Twins:
         self.cache.enable_rollback(tokens)
         self.rollback = max(self.rollback, tokens)
         for reference in self.references:
-            reference.enable_rollback(tokens)
+            reference.enable_rollback(self.rollback)
 
     def check(self):
         """Fail unless the cache holds what the references say, and its books are right."""
