@@ -28,22 +28,22 @@ def incomplete_pages(cache, row):
 
 def assert_pages_add_up(cache):
     """Fail unless every row has its pages, and pages of several rows are complete in all."""
-    cfg, pages, slots = cache.cfg, cache._pages, cache._rows.slots
+    cfg, pages, slots = cache.cfg, cache.pages, [row.slot for row in cache.rows.rows]
     taken = [slot for slot in slots if slot >= 0]
     assert len(set(taken)) == len(taken) and [slot >= 0 for slot in slots] == cache.active
-    assert cache.slots.tolist() == slots
+    assert cache.rows.slots.tolist() == slots
     owners = defaultdict(list)
     for row, slot in enumerate(slots):
         if slot < 0:
             continue
-        owned = pages.owned(slot)
+        owned = list(pages.owned(slot))
         assert len(owned) >= layout.num_pages(cfg, packed_keys(cache, row))
         named = cache.page_table[slot].tolist()
         assert named == owned + [layout.NO_PAGE] * (len(named) - len(owned))
         for at, page in enumerate(owned):
             owners[page].append((row, at))
     for slot in set(range(len(cache.page_table))) - set(taken):
-        assert pages.owned(slot) == []
+        assert not pages.owned(slot)
     _assert_shared_are_complete(cache, owners)
     _assert_counts(cache, owners)
 
@@ -59,7 +59,7 @@ def _assert_shared_are_complete(cache, owners):
 
 
 def _assert_counts(cache, owners):
-    pages = cache._pages
+    pages = cache.pages
     references = [pages.references(page) for page in range(pages.capacity)]
     assert references == [len(owners.get(page, ())) for page in range(pages.capacity)]
     shared = sum(n > 1 for n in references)
@@ -70,5 +70,6 @@ def _assert_counts(cache, owners):
         "shared": shared,
     }
     for i in range(cache.num_layers):
-        held = cache.layer(i).pages.values()
-        assert all(buffer.shape[0] == pages.capacity for buffer in held)
+        held = cache.layer(i).memory.pages.values()
+        # some may be longer after an exception in the middle of their growth
+        assert all(buffer.shape[0] >= pages.capacity for buffer in held)

@@ -58,7 +58,7 @@ class Family:
                 for i in range(LAYERS):
                     assert_same_contents(cache, row, other, 0, i)
             assert_pages_add_up(cache)
-        back = min(9, *cache.lengths) if cache.rollback else 0
+        back = min(cache.rollback, *cache.lengths)
         assert cache.crop(back).exact
         for row, other in alone.items():
             assert other.crop(back).exact

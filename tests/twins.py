@@ -12,6 +12,7 @@ from configurations import FEW, POINTS, config, with_window
 from pools import assert_same_bits
 from tolerance import assert_close
 
+from kivi_tvm import layout
 from kivi_tvm.reference import ReferenceCache, ReferenceRow
 
 # Half a page is one flush: boundaries of blocks and of pages come every few tokens.
@@ -184,6 +185,9 @@ class Twins:
         assert report["sink_tokens"] == self.sink_tokens
         assert report["refilled"] == [0 if row is None else row.refilled for row in self.rows]
         assert report["bytes"] == self.cache.nbytes
+        pages = layout.page_buffers(self.cfg, report["pages"]["capacity"]).values()
+        packed = len(self.references) * sum(buffer.nbytes for buffer in pages)
+        assert report["bytes"]["packed"] == packed
 
     def _select(self, index):
         for reference in self.references:

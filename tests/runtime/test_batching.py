@@ -123,7 +123,7 @@ def test_all_rows_inactive():
 
 
 BAD_ROWS = [
-    ([0], ["`rows`", "empty", "41"]),
+    ([0], ["`prefill`", "empty rows", "[41, 0]"]),
     ([2], ["`rows`", "0..1", "2"]),
     ([-1], ["`rows`", "0..1", "-1"]),
     ([True], ["`rows`", "True"]),

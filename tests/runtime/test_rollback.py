@@ -10,7 +10,7 @@ WINDOWS = ("kivi", "exact")
 
 BAD_COUNTS = [
     (-1, ValueError, ["-1"]),
-    (True, TypeError, ["True"]),
+    (True, ValueError, ["True"]),
     (1.0, TypeError, ["1.0"]),
     ("3", TypeError, ["3"]),
     (None, TypeError, ["None"]),
