@@ -70,6 +70,6 @@ def _assert_counts(cache, owners):
         "shared": shared,
     }
     for i in range(cache.num_layers):
-        held = cache.layer(i).memory.pages.values()
+        held = cache.layer(i).pages.values()
         # some may be longer after an exception in the middle of their growth
         assert all(buffer.shape[0] >= pages.capacity for buffer in held)

@@ -155,7 +155,7 @@ def test_bytes_are_counted():
     none, some = new_cache(SMALL, 3), new_cache(SMALL, 3, sink_tokens=4)
     more = some.nbytes["window"] - none.nbytes["window"]
     assert more == 2 * 3 * SMALL.H_kv * 4 * SMALL.D * 2  # keys and values of 3 rows, float16
-    assert set(some.layer(0).memory.windows) >= {"k_ring", "v_ring", "k_sink", "v_sink"}
+    assert set(some.layer(0).windows) >= {"k_ring", "v_ring", "k_sink", "v_sink"}
 
 
 @pytest.mark.parametrize("sinks", [-1, True, 1.0, "4", None])
