@@ -304,10 +304,16 @@ class Cache(SteppedCache):
 
     def reset(self) -> None:
         """Forget all sequences; every row is active and empty. Memory is kept for the next ones."""
-        self._step, self._quiet_steps = None, 0
-        self.pages.clear()
-        self.rows.rows = [Row(slot) for slot in range(self.batch_size)]
-        self.rows.sync()
+        step = self._step
+        try:
+            with self.all_or_nothing([]):
+                self.pages.clear()
+                self.rows.rows = [Row(slot) for slot in range(self.batch_size)]
+                self.rows_changed()
+        except BaseException:
+            self._step = step
+            raise
+        self._step = None
 
     def _check_active(self, row: int) -> None:
         if not isinstance(row, int) or isinstance(row, bool):

@@ -149,7 +149,7 @@ class CachePool:
         interrupts it, no kernel sees the old ones.
         """
         self._is_bound, self._quiet_steps = False, 0
-        if len(self.rows) != len(self.lse):
+        if not len(self.rows) == len(self.rows.slots) == len(self.lse):
             self.rows.resize()
             self._make_workspace()
         self.rows.sync()

@@ -87,7 +87,17 @@ def enable(cache: Cache, rollback: int) -> None:
         for row, length, values_from, keys_from in held:
             kept = max(0, length - cache.cfg.R - rollback)
             row.values_from, row.keys_from = max(values_from, kept), max(keys_from, kept)
-    rows.rollback = rollback
+        before = rows.rollback, [layer.memory.windows for layer in cache.layers]
+        try:
+            _install(cache, rollback, windows)
+        except BaseException:
+            _install(cache, *before)
+            raise
+
+
+def _install(cache: Cache, rollback: int, windows: list[dict[str, Tensor]]) -> None:
+    """Let the layers use these windows."""
+    cache.rows.rollback = rollback
     for layer, new in zip(cache.layers, windows, strict=True):
         layer.memory.windows = new
     cache.bind()

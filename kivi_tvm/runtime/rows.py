@@ -128,9 +128,10 @@ class Rows:
         """Make slots up to `capacity` available."""
         shape = (capacity, len(layout.STATE_FIELDS))
         tensors = [torch.zeros(shape, dtype=torch.int32, device=self._device) for _ in range(4)]
+        if self.capacity:
+            tensors[0][: self.capacity], tensors[2][: self.capacity] = self.state, self.sink_state
         self.state, self.state_before, self.sink_state, self.sink_state_before = tensors
         self.capacity = capacity
-        self.sync_state()
 
     @outside_inference_mode
     def resize(self) -> None:

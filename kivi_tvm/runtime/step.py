@@ -132,8 +132,8 @@ class SteppedCache(CachePool):
             for row, body, new in growing
             if layout.packed_keys(cfg, body) > layout.packed_keys(cfg, body - new)
         ]
-        spare = layout.ring_size(cfg, held.rollback) - cfg.R
-        overrun = [row.slot for row, body, new in growing if body > new > spare]
+        # One new token takes the spare place of a ring; the next ones overwrite what `crop` may need.
+        overrun = [row.slot for row, body, new in growing if body > new > 1]
         to_sinks = [n - new for n, new in zip(added, body_added, strict=True)]
         return Step(
             added,
@@ -158,7 +158,12 @@ class SteppedCache(CachePool):
         """A step of one token per active row for which pages, workspace and work are in place."""
         self._quiet_steps -= 1
         configure_threads(torch.get_num_threads())
-        self.kernels["advance"](*self._advance_one)
+        try:
+            self.kernels["advance"](*self._advance_one)
+        except BaseException:
+            self._quiet_steps = 0
+            self.rows.sync_state()
+            raise
         for row in self.rows.rows:
             row.length += row.slot != NO_SLOT
         todo = set(range(len(self.layers)))

@@ -72,6 +72,8 @@ class Workspace:
     @outside_inference_mode
     def _allocate(self, splits: int) -> None:
         shape = (self._batch_size, self._queries, splits + self.tail)
-        self._acc = torch.empty(*shape, self._cfg.D, device=self._device)
-        self._stat = torch.empty(*shape, 2, device=self._device)
-        self.parts = (tvm_ffi.from_dlpack(self._acc), tvm_ffi.from_dlpack(self._stat))
+        acc = torch.empty(*shape, self._cfg.D, device=self._device)
+        stat = torch.empty(*shape, 2, device=self._device)
+        # All at once: kernels write as many results as `_acc` has room for.
+        parts = (tvm_ffi.from_dlpack(acc), tvm_ffi.from_dlpack(stat))
+        self._acc, self._stat, self.parts = acc, stat, parts
