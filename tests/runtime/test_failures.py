@@ -2,114 +2,20 @@
 
 import pytest
 import torch
-from books import assert_pages_add_up
-from caches import new_cache
-from faults import Broken, Fault, Interrupted, assert_same_sight, fail_everywhere, observe
-from inputs import draw
-from pools import assert_same_bits
+from faults import (
+    MODES,
+    Broken,
+    E,
+    Fault,
+    Interrupted,
+    P,
+    R,
+    Run,
+    assert_same_sight,
+    fail_everywhere,
+    observe,
+)
 from twins import SMALL
-
-R, P, E = SMALL.R, SMALL.P, 9
-MODES = {
-    "kivi": {},
-    "rollback": {"rollback": E},
-    "all": {"rollback": E, "window": "exact", "sink_tokens": 5},
-}
-# What the next token of a row does, at the numbers of sinks above: nothing special; quantize a
-# block; quantize a block into a new page; end the sinks.
-LENGTHS = {0: [2 * R + 3, 2 * R - 1, 3 * R - 1, 4], 5: [2 * R + 3, 2 * R + 4, 3 * R + 4, 4]}
-
-
-class Run:
-    """A cache, and one that is never disturbed, with the same rows and the same steps."""
-
-    def __init__(self, mode, layers, lengths=None):
-        options = MODES[mode]
-        self.lengths = lengths or LENGTHS[options.get("sink_tokens", 0)]
-        self.layers = layers
-        self.cache, self.other = (
-            new_cache(SMALL, len(self.lengths), num_layers=layers, **options) for _ in range(2)
-        )
-        self._seed = 0
-        prompts = self.inputs(self.lengths)
-        for cache in (self.cache, self.other):
-            for i, x in enumerate(prompts):
-                cache.layer(i).prefill(x.k, x.v, self.lengths)
-
-    def inputs(self, lengths, steps=1):
-        """New inputs for every layer."""
-        self._seed += 1
-        tokens = max(lengths, default=0)
-        return [
-            draw(SMALL, tokens, lengths, steps=steps, seed=100 * self._seed + i)
-            for i in range(self.layers)
-        ]
-
-    def fail(self, call, errors=(Interrupted,)):
-        """`call(cache)` with every fault, then undisturbed on both; returns the faults."""
-        before = observe(self.cache)
-
-        def check(what):
-            assert_same_sight(observe(self.cache), before, what)
-            assert_pages_add_up(self.cache)
-
-        result, faults = fail_everywhere(self.cache, lambda: call(self.cache), check, errors)
-        assert_equal(result, call(self.other))
-        return faults
-
-    def fail_step(self, call, is_begun=None):
-        """`call(layer, i)` of every layer with every fault; `is_begun(cache)` begins the step."""
-        before = observe(self.cache)
-        faults = self.fail_begin(is_begun, before) if is_begun else 0
-        after = None
-
-        def check(what):
-            if after is None and not is_begun:
-                assert_same_sight(observe(self.cache), before, what)
-                assert_pages_add_up(self.cache)
-            else:
-                assert self.cache.lengths == (after or during), what
-
-        during = self.cache.lengths
-        for i in range(self.layers):
-            layer, other = self.cache.layer(i), self.other.layer(i)
-            result, count = fail_everywhere(self.cache, lambda: call(layer, i), check)  # noqa: B023
-            assert_equal(result, call(other, i))
-            after, faults = self.cache.lengths, faults + count
-        assert faults > 2 * self.layers
-        return faults
-
-    def fail_begin(self, begin, before):
-        def check(what):
-            assert_same_sight(observe(self.cache), before, what)
-
-        _, faults = fail_everywhere(self.cache, lambda: begin(self.cache), check)
-        begin(self.other)
-        return faults
-
-    def go_on(self):
-        """Fail unless both are the same, now and over the next blocks and back."""
-        assert_same_sight(observe(self.cache), observe(self.other), "after the operation")
-        rows = [1] * self.cache.batch_size
-        inputs = self.inputs(rows, steps=R + 1)
-        for step in range(R + 1):
-            for i, x in enumerate(inputs):
-                args = x.q[step], x.k_new[step], x.v_new[step]
-                assert_equal(*(c.layer(i).decode(*args) for c in (self.cache, self.other)))
-        for cache in (self.cache, self.other):
-            assert cache.crop(cache.rollback).exact
-        assert_same_sight(observe(self.cache), observe(self.other), "later")
-        assert_pages_add_up(self.cache)
-
-
-def assert_equal(found, expected):
-    if isinstance(expected, torch.Tensor):
-        assert_same_bits(found, expected, "output")
-    elif isinstance(expected, tuple) and expected and isinstance(expected[0], torch.Tensor):
-        for one, other in zip(found, expected, strict=True):
-            assert_same_bits(one, other, "output")
-    else:
-        assert found == expected
 
 
 def every_mode(test):
@@ -149,7 +55,11 @@ def test_extend(mode, layers):
     run, counts = Run(mode, layers), [20, 1, 2 * P, 0]
     inputs = run.inputs(counts)
     q = torch.randn(4, SMALL.H, 2 * P, SMALL.D).to(run.cache.dtype)
-    run.fail_step(lambda layer, i: layer.extend(q, inputs[i].k, inputs[i].v, lengths=counts))
+
+    def step(layer, i):
+        return layer.extend(q, inputs[i].k, inputs[i].v, lengths=counts)
+
+    run.fail_step(step, meant=lambda out: [out[row, :, :n] for row, n in enumerate(counts)])
     run.go_on()
 
 
@@ -225,6 +135,26 @@ def test_copies_of_shared_pages(mode):
     run.fail_step(
         lambda layer, i: layer.decode(inputs[i].q[0], inputs[i].k_new[0], inputs[i].v_new[0])
     )
+    run.go_on()
+
+
+@pytest.mark.parametrize("mode", ["rollback", "all"])
+@pytest.mark.parametrize("tokens", [1, 2, E, 2 * R])
+def test_tokens_to_take_back_survive_a_failure(tokens, mode):
+    """What an `extend` that came to nothing wrote does not reach what `crop` needs."""
+    run, probe, counts = Run(mode, 1), Run(mode, 1).cache, [tokens, 1, 0, tokens]
+    x = run.inputs(counts)[0]
+    q = torch.zeros(4, SMALL.H, tokens, SMALL.D, dtype=probe.dtype)
+
+    def extend(cache):
+        return cache.extend(q, x.k, x.v, lengths=counts)
+
+    _, events = fail_everywhere(probe, lambda: extend(probe), lambda what: None)
+    for at in range(events):
+        with pytest.raises(Interrupted), Fault(run.cache, at, Interrupted):
+            extend(run.cache)
+    for cache in (run.cache, run.other):
+        assert cache.crop([E, E - 1, E, 4]).exact
     run.go_on()
 
 
