@@ -21,13 +21,12 @@ from kivi_tvm.config import WORD_BITS, KiviConfig
 from kivi_tvm.errors import UserError
 from kivi_tvm.reference import Quantized, dequantize, pack, unpack
 from kivi_tvm.runtime.checks import check_tensor, outside_inference_mode
+from kivi_tvm.runtime.rollback import get_tokens, put_tokens
+from kivi_tvm.runtime.transfer import joined_pages, write_pages
 
 if TYPE_CHECKING:
     from kivi_tvm.runtime.cache import Cache
     from kivi_tvm.runtime.layer import CacheLayer
-
-# Axis of the tokens in one page `[H_kv, ..., ...]` of every page buffer.
-TOKEN_AXES = {"k_code": 2, "k_scale": 1, "k_zero": 1, "v_code": 1, "v_scale": 2, "v_zero": 2}
 
 
 class AuthorsCache(NamedTuple):
@@ -90,15 +89,14 @@ def to_authors(layer: CacheLayer) -> AuthorsCache:
     """
     cache = layer._cache
     _check_window(cache)
-    if cache._step is not None:
-        raise RuntimeError("`to_authors` needs a finished step: some layers were not called")
+    cache._check_no_step()
     lengths = cache.lengths
     if min(lengths) == 0 or len(set(lengths)) > 1:
         raise UserError(
             "the authors' layout needs every row to have the same length above 0, "
             f"got lengths {lengths}; `select` the rows of one length first"
         )
-    rows = [_row_to_authors(layer, row, lengths[0]) for row in range(len(lengths))]
+    rows = [_row_to_authors(layer, row.slot, lengths[0]) for row in cache.rows.rows]
     parts = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     held = {name: x if x.numel() else None for name, x in parts.items()}
     return AuthorsCache(**held, kv_seq_len=lengths[0])  # type: ignore[arg-type]
@@ -132,11 +130,15 @@ def from_authors(layer: CacheLayer, stored: AuthorsCache) -> None:
     cache = layer._cache
     _check_window(cache)
     _check_parts(cache, stored)
-    cache.check_can_prefill()
-    length, rows = stored.kv_seq_len, range(cache.batch_size)
-    cache.enter(layer.index, length, [length] * len(rows))
-    for row in rows:
-        _row_from_authors(layer, row, {n: x[row] for n, x in _tensors(stored) if x is not None})
+    added = [stored.kv_seq_len] * cache.batch_size
+    cache.check_can_prefill(added)
+    cache.enter(layer.index, stored.kv_seq_len, added)
+    for i, row in enumerate(cache.rows.rows):
+        # Nothing older than the window can be taken back exactly.
+        row.values_from = layout.packed_values(cache.cfg, row.length)
+        row.keys_from = layout.packed_keys(cache.cfg, row.length)
+        parts = {name: part[i] for name, part in _tensors(stored) if part is not None}
+        _row_from_authors(layer, row.slot, parts)
     cache.leave(layer.index)
 
 
@@ -148,7 +150,7 @@ def _check_window(cache: Cache) -> None:
             f"`window` must be 'kivi', got {cache.window!r}: the authors drop the exact keys of a "
             "block when they pack it"
         )
-    if getattr(cache, "sink_tokens", 0):
+    if cache.sink_tokens:
         found.append(f"`sink_tokens` must be 0, got {cache.sink_tokens}: they keep no sinks")
     if found:
         raise UserError("the authors' layout cannot hold this cache: " + "; ".join(found))
@@ -189,19 +191,19 @@ def _tensors(stored: AuthorsCache) -> list[tuple[str, Tensor | None]]:
     return [(name, part) for name, part in stored._asdict().items() if name != "kv_seq_len"]
 
 
-def _row_to_authors(layer: CacheLayer, row: int, length: int) -> dict[str, Tensor]:
+def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tensor]:
     """One row's parts by name, without the batch axis; those without tokens are empty."""
     cfg = layer._cache.cfg
     PK, PV = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
     order = cfg.kernel_key().pack_order
-    held = _joined_pages(layer, row, PK)
+    held = joined_pages(layer, slot, layout.num_pages(cfg, PK))
     k_code = unpack(held["k_code"], cfg.key_bits, 1, order)[:, :, :PK]  # [H_kv, D, PK]
     v_code = unpack(held["v_code"], cfg.value_bits, 1, order)[:, :PV]  # [H_kv, PV, D]
     found = {
         "k_code": pack(k_code, cfg.key_bits, 2),
-        "k_full": _ring_tokens(layer, "k_ring", row, PK, length),
+        "k_full": get_tokens(layer.windows["k_ring"][slot], range(PK, length)),
         "v_code": pack(v_code, cfg.value_bits, 2),
-        "v_full": _ring_tokens(layer, "v_ring", row, PV, length),
+        "v_full": get_tokens(layer.windows["v_ring"][slot], range(PV, length)),
     }
     for ours, theirs in (("scale", "scale"), ("zero", "mn")):
         # [H_kv, PK / G_k, D] -> [H_kv, D, PK / G_k], [H_kv, D / G_v, PV] -> [H_kv, PV, D / G_v]
@@ -210,7 +212,7 @@ def _row_to_authors(layer: CacheLayer, row: int, length: int) -> dict[str, Tenso
     return found
 
 
-def _row_from_authors(layer: CacheLayer, row: int, parts: dict[str, Tensor]) -> None:
+def _row_from_authors(layer: CacheLayer, slot: int, parts: dict[str, Tensor]) -> None:
     """Write one row's parts, without the batch axis, into its pages and rings."""
     cfg = layer._cache.cfg
     order = cfg.kernel_key().pack_order
@@ -219,58 +221,27 @@ def _row_from_authors(layer: CacheLayer, row: int, parts: dict[str, Tensor]) -> 
         code = unpack(parts["k_code"], cfg.key_bits, 2)  # [H_kv, D, PK]
         keys = Quantized(code.mT, parts["k_scale"].mT, parts["k_mn"].mT)
         first = code.shape[2]
-        _write_pages(layer, row, "k_code", pack(code, cfg.key_bits, 1, order))
-        _write_pages(layer, row, "k_scale", keys.scale)
-        _write_pages(layer, row, "k_zero", keys.zero)
+        write_pages(layer, slot, "k_code", pack(code, cfg.key_bits, 1, order))
+        write_pages(layer, slot, "k_scale", keys.scale)
+        write_pages(layer, slot, "k_zero", keys.zero)
         # the window sees packed keys as their codes give them
-        _fill_ring(layer, "k_ring", row, 0, dequantize(keys, 1))
+        _fill_ring(layer, "k_ring", slot, 0, dequantize(keys, 1))
     if "v_code" in parts:
         code = unpack(parts["v_code"], cfg.value_bits, 2)  # [H_kv, PV, D]
         whole = F.pad(code, (0, 0, 0, -code.shape[1] % (WORD_BITS // cfg.value_bits)))
-        _write_pages(layer, row, "v_code", pack(whole, cfg.value_bits, 1, order))
-        _write_pages(layer, row, "v_scale", parts["v_scale"].mT)
-        _write_pages(layer, row, "v_zero", parts["v_mn"].mT)
+        write_pages(layer, slot, "v_code", pack(whole, cfg.value_bits, 1, order))
+        write_pages(layer, slot, "v_scale", parts["v_scale"].mT)
+        write_pages(layer, slot, "v_zero", parts["v_mn"].mT)
     if "k_full" in parts:
-        _fill_ring(layer, "k_ring", row, first, parts["k_full"])
+        for name in {"k_ring", "k_exact"} & layer.windows.keys():
+            _fill_ring(layer, name, slot, first, parts["k_full"])
     values = parts["v_code"].shape[1] if "v_code" in parts else 0
-    _fill_ring(layer, "v_ring", row, values, parts["v_full"])
+    _fill_ring(layer, "v_ring", slot, values, parts["v_full"])
 
 
-def _joined_pages(layer: CacheLayer, row: int, packed: int) -> dict[str, Tensor]:
-    """Every page buffer of a row's first `packed` tokens, its pages joined along the tokens."""
-    ids = _page_ids(layer, row)[: layout.num_pages(layer._cache.cfg, packed)]
-    pages = {name: buffer[ids] for name, buffer in layer._pages.items()}
-    return {
-        # [n, H_kv, ...] -> [H_kv, ..., n, tokens of a page, ...] -> [H_kv, ..., tokens, ...]
-        name: x.movedim(0, TOKEN_AXES[name]).flatten(TOKEN_AXES[name], TOKEN_AXES[name] + 1)
-        for name, x in pages.items()
-    }
-
-
-def _write_pages(layer: CacheLayer, row: int, name: str, joined: Tensor) -> None:
-    """Write `joined [H_kv, ..., tokens, ...]` into the row's pages of one buffer."""
-    axis, buffer = TOKEN_AXES[name], layer._pages[name]
-    for page, part in zip(_page_ids(layer, row), joined.split(buffer.shape[axis + 1], axis)):
-        buffer[page].narrow(axis, 0, part.shape[axis]).copy_(part)
-
-
-def _page_ids(layer: CacheLayer, row: int) -> list[int]:
-    return layer._cache._pages._owned[row]
-
-
-def _ring(layer: CacheLayer, name: str, row: int) -> Tensor:
-    """The row's ring `[H_kv, slots, D]`; token `t` is at slot `t` modulo their number."""
-    return layer._rings[name][row]
-
-
-def _ring_tokens(layer: CacheLayer, name: str, row: int, start: int, stop: int) -> Tensor:
-    ring = _ring(layer, name, row)
-    return ring[:, torch.arange(start, stop) % ring.shape[1]]
-
-
-def _fill_ring(layer: CacheLayer, name: str, row: int, start: int, tokens: Tensor) -> None:
-    """Write `tokens [H_kv, n, D]`, the first at position `start`; the last ones stay."""
-    ring = _ring(layer, name, row)
-    kept = min(tokens.shape[1], ring.shape[1])
-    stop = start + tokens.shape[1]
-    ring[:, torch.arange(stop - kept, stop) % ring.shape[1]] = tokens[:, -kept:].to(ring.dtype)
+def _fill_ring(layer: CacheLayer, name: str, slot: int, start: int, x: Tensor) -> None:
+    """Write `x [H_kv, n, D]`, the first at token `start`, or as many of the last as there are."""
+    ring = layer.windows[name][slot]
+    stop = start + x.shape[1]
+    kept = range(max(start, stop - ring.shape[1]), stop)
+    put_tokens(ring, kept, x[:, kept.start - start :].to(ring.dtype))

@@ -105,12 +105,23 @@ def test_data(data):
         assert_same_contents(cache, row, other, row)
 
 
+@pytest.mark.parametrize("count", [3, 20, 60])
+def test_rollback_begins_with_what_the_layout_holds(count):
+    cache, _ = filled(CFG, 110)
+    other = new_cache(CFG, 2, rollback=40)
+    from_authors(other.layer(0), to_authors(cache.layer(0)))
+    cache.enable_rollback(40)
+    assert cache.crop(count) == other.crop(count)
+    more = draw(CFG, 1, batch_size=2, steps=CFG.R + 3, seed=1)
+    assert_same_outputs(*(feed(each, more, CFG.R + 3) for each in (cache, other)))
+
+
 def test_every_layer_of_a_step():
     cache, inputs = filled(CFG, 110)
     stored = to_authors(cache.layer(0))
     other = new_cache(CFG, 2, num_layers=2)
     from_authors(other.layer(1), stored)
-    with pytest.raises(RuntimeError, match="`to_authors` needs a finished step"):
+    with pytest.raises(RuntimeError, match="the previous step is not finished"):
         to_authors(other.layer(1))
     with pytest.raises(RuntimeError, match="already called"):
         from_authors(other.layer(1), stored)
@@ -160,7 +171,7 @@ def test_a_wrong_part_changes_nothing(change, error, words):
 
 def test_only_into_an_empty_cache_that_fits():
     cache, _ = filled(CFG, 3)
-    with pytest.raises(RuntimeError, match="empty cache"):
+    with pytest.raises(RuntimeError, match="needs empty rows"):
         from_authors(cache.layer(0), STORED)
     with pytest.raises(UserError, match="`window` must be 'kivi', got 'exact'"):
         from_authors(new_cache(CFG, 2, window="exact").layer(0), STORED)
