@@ -1,10 +1,7 @@
-"""KIVI in plain torch: slow, obvious, and the only oracle of every test.
+"""Quantization, packing and attention of one tensor.
 
-Shapes: `B` batch, `H` query heads, `H_kv` key/value heads, `T` tokens, `D` channels, `G` group
-size, `R` residual length, `W = 32 / bits` codes per word (design section 2).
-
-Source: paper (arXiv 2402.02750) Algorithm 1 and section 4.2; formulas of the authors'
-`quant/new_pack.py`, with the guards for constant and non-finite groups that it lacks.
+Source: paper (arXiv 2402.02750) section 4.2; formulas of the authors' `quant/new_pack.py`, with
+the guards for constant and non-finite groups that it lacks.
 """
 
 from __future__ import annotations
@@ -16,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kivi_tvm import layout
-from kivi_tvm.config import KiviConfig
 
 FLOAT16_MAX = 65504.0
+# The dimension of keys `[..., T, D]` along which consecutive elements form a group.
+KEY_AXES = {"channel": -2, "token": -1}
 
 
 class Quantized(NamedTuple):
@@ -139,14 +137,14 @@ def unpack(words: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:
     return code.to(torch.uint8).movedim(-1, dim)
 
 
-def quantize_key(k: Tensor, bits: int, group_size: int) -> Quantized:
-    """Keys `[..., T, D]`: per channel, groups of consecutive tokens."""
-    return quantize(k, bits, group_size, dim=k.ndim - 2)
+def quantize_key(k: Tensor, bits: int, group_size: int, axis: str = "channel") -> Quantized:
+    """Keys `[..., T, D]`: per channel, groups of consecutive tokens; or per token, as values."""
+    return quantize(k, bits, group_size, dim=KEY_AXES[axis])
 
 
 def quantize_value(v: Tensor, bits: int, group_size: int) -> Quantized:
     """Values `[..., T, D]`: per token, groups of consecutive channels."""
-    return quantize(v, bits, group_size, dim=v.ndim - 1)
+    return quantize(v, bits, group_size, dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -174,104 +172,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tu
     score = grouped @ k.mT * scale  # [H_kv, M, D] @ [H_kv, D, T] -> [H_kv, M, T]
     out = score.softmax(-1) @ v  # [H_kv, M, T] @ [H_kv, T, D] -> [H_kv, M, D]
     return out.reshape(H, D), score.logsumexp(-1).reshape(H)
-
-
-class ReferenceRow:
-    """One sequence's cache by Algorithm 1: what attention may see, token by token.
-
-    `k`, `v` `[H_kv, L, D]` in the model dtype hold what attention sees: dequantized values where
-    a token is packed, the exact ones in the window.
-    """
-
-    def __init__(self, cfg: KiviConfig, window: str = "kivi") -> None:
-        self.cfg, self.window = cfg, window
-        self.dtype = getattr(torch, cfg.dtype)
-        empty = torch.zeros(cfg.H_kv, 0, cfg.D)
-        self.k_seen = empty  # float32, so that codes of a float16 model stay unrounded
-        self.v_seen = empty
-        self.k_exact = empty.to(self.dtype)
-        self.v_exact = empty.to(self.dtype)
-        self.packed_keys = 0
-        self.packed_values = 0
-
-    @property
-    def length(self) -> int:
-        return self.k_exact.shape[1]
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Add tokens `k, v [H_kv, n, D]`, then quantize what Algorithm 1 says is due."""
-        cfg = self.cfg
-        self.k_exact = torch.cat([self.k_exact, k], 1)
-        self.v_exact = torch.cat([self.v_exact, v], 1)
-        self.k_seen = torch.cat([self.k_seen, k.float()], 1)
-        self.v_seen = torch.cat([self.v_seen, v.float()], 1)
-        due = slice(self.packed_keys, self.length - self.length % cfg.R)
-        if due.stop > due.start:
-            codes = quantize_key(self.k_exact[:, due], cfg.key_bits, cfg.G_k)
-            self.k_seen[:, due] = dequantize(codes, 1)
-            self.packed_keys = due.stop
-        due = slice(self.packed_values, max(0, self.length - cfg.R))
-        if due.stop > due.start:
-            codes = quantize_value(self.v_exact[:, due], cfg.value_bits, cfg.G_v)
-            self.v_seen[:, due] = dequantize(codes, 2)
-            self.packed_values = due.stop
-
-    def visible(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[H_kv, L, D]` in float32 as the kernels see them.
-
-        In the window (the tokens whose value is full precision) a packed key is the dequantized
-        one rounded to the model dtype (`window="kivi"`) or the exact one (`window="exact"`).
-        """
-        k = self.k_seen.clone()
-        ring = slice(self.packed_values, self.length)
-        source = self.k_exact if self.window == "exact" else self.k_seen.to(self.dtype)
-        k[:, ring] = source[:, ring].float()
-        return k, self.v_seen
-
-
-class ReferenceCache:
-    """A batch of `ReferenceRow`s with the calls of `kivi_tvm`'s cache, in plain torch.
-
-    Parameters
-    ----------
-    cfg : KiviConfig
-    batch_size : int
-    window : str
-        "kivi" (Algorithm 1) or "exact" (keys of the window stay exact after a flush).
-    accumulate : torch.dtype
-        Dtype of the attention arithmetic.
-    """
-
-    def __init__(
-        self,
-        cfg: KiviConfig,
-        batch_size: int,
-        window: str = "kivi",
-        accumulate: torch.dtype = torch.float64,
-    ) -> None:
-        self.cfg, self.accumulate = cfg, accumulate
-        self.rows = [ReferenceRow(cfg, window) for _ in range(batch_size)]
-
-    def prefill(self, k: Tensor, v: Tensor, lengths: list[int] | None = None) -> None:
-        """Store `k, v [B, H_kv, T, D]`, the first `lengths[i]` tokens of row `i`."""
-        for i, row in enumerate(self.rows):
-            n = k.shape[2] if lengths is None else lengths[i]
-            row.append(k[i, :, :n], v[i, :, :n])
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store one new token per row, `k, v [B, H_kv, D]`."""
-        for i, row in enumerate(self.rows):
-            row.append(k[i, :, None], v[i, :, None])
-
-    def attend(self, q: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """`q [B, H, D]` against everything stored: out `[B, H, D]` and lse `[B, H]`."""
-        results = []
-        for i, row in enumerate(self.rows):
-            k, v = (x.to(self.accumulate) for x in row.visible())
-            results.append(attention(q[i].to(self.accumulate), k, v, scale))
-        return torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """One step: append `k, v [B, H_kv, D]`, then attend with `q [B, H, D]`."""
-        self.append(k, v)
-        return self.attend(q, scale)[0]

@@ -1,4 +1,4 @@
-"""The oracle itself: by hand, by property, and against the algorithm written another way."""
+"""Quantization, packing and attention: by hand, by property, and against torch."""
 
 import math
 
@@ -7,12 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kivi_tvm import KiviConfig
 from kivi_tvm.config import BITS
 from kivi_tvm.reference import (
     FLOAT16_MAX,
-    ReferenceCache,
-    ReferenceRow,
     attention,
     dequantize,
     pack,
@@ -133,6 +130,12 @@ def test_keys_by_channel_and_values_by_token():
     assert quantize_value(x, 2, 16).scale.shape == (2, 64, 2)
 
 
+def test_keys_by_token_are_quantized_as_values():
+    x = drawn(0, 2, 64, 32)
+    for found, expected in zip(quantize_key(x, 2, 16, "token"), quantize_value(x, 2, 16)):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("M", [1, 4, 7])
 def test_attention_equals_torch(M):
     q, k, v = drawn(1, 2 * M, 16), drawn(2, 2, 50, 16), drawn(3, 2, 50, 16)
@@ -144,64 +147,3 @@ def test_attention_equals_torch(M):
     score = q @ k.repeat_interleave(M, 0).mT / 4  # [2M, 2M, 50]: head i against its own keys
     own = torch.stack([score[i, i] for i in range(2 * M)])
     torch.testing.assert_close(lse, own.logsumexp(-1))
-
-
-CFG = KiviConfig(
-    head_dim=64, num_heads=2, num_kv_heads=1, group_size=16, residual_length=32, dtype="float32"
-)
-
-
-@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 63, 64, 65, 100])
-def test_algorithm_1_boundaries(length):
-    """Packed keys are whole blocks of R, packed values all but the last R."""
-    k, v = drawn(4, 1, length, 64), drawn(5, 1, length, 64)
-    row = ReferenceRow(CFG)
-    row.append(k, v)
-    assert (row.packed_keys, row.packed_values) == (length - length % 32, max(0, length - 32))
-    k_seen, v_seen = row.visible()
-    assert torch.equal(k_seen[:, row.packed_keys :], k[:, row.packed_keys :])
-    assert torch.equal(v_seen[:, row.packed_values :], v[:, row.packed_values :])
-    for packed, exact, seen, quantized, dim in (
-        (row.packed_keys, k, k_seen, quantize_key, 1),
-        (row.packed_values, v, v_seen, quantize_value, 2),
-    ):
-        if packed:
-            codes = quantized(exact[:, :packed], 2, 16)
-            assert torch.equal(seen[:, :packed], dequantize(codes, dim))
-
-
-@given(st.integers(0, 100), st.integers(0, 40), st.sampled_from(["kivi", "exact"]))
-def test_streamed_equals_one_shot(prompt, streamed, window):
-    length = prompt + streamed
-    k, v = drawn(6, 1, length, 64), drawn(7, 1, length, 64)
-    one, other = ReferenceRow(CFG, window), ReferenceRow(CFG, window)
-    one.append(k, v)
-    other.append(k[:, :prompt], v[:, :prompt])
-    for t in range(prompt, length):
-        other.append(k[:, t : t + 1], v[:, t : t + 1])
-    for a, b in zip(one.visible(), other.visible(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_exact_window_keeps_flushed_keys():
-    k, v = drawn(8, 1, 64, 64), drawn(9, 1, 64, 64)
-    seen = {}
-    for window in ("kivi", "exact"):
-        row = ReferenceRow(CFG, window)
-        row.append(k, v)
-        seen[window] = row.visible()[0]
-    assert torch.equal(seen["exact"][:, 32:], k[:, 32:])
-    assert not torch.equal(seen["kivi"][:, 32:], k[:, 32:])
-    assert torch.equal(seen["exact"][:, :32], seen["kivi"][:, :32])
-
-
-def test_rows_are_independent():
-    k, v, q = drawn(10, 2, 1, 50, 64), drawn(11, 2, 1, 50, 64), drawn(12, 2, 2, 64)
-    cache = ReferenceCache(CFG, 2)
-    cache.prefill(k, v, [50, 7])
-    out, lse = cache.attend(q)
-    for row, n in enumerate((50, 7)):
-        alone = ReferenceCache(CFG, 1)
-        alone.prefill(k[row : row + 1, :, :n], v[row : row + 1, :, :n])
-        one, one_lse = alone.attend(q[row : row + 1])
-        assert torch.equal(one[0], out[row]) and torch.equal(one_lse[0], lse[row])
