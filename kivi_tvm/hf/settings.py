@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from kivi_tvm import layout
 from kivi_tvm.hf.cache import KiviCache
 from kivi_tvm.hf.models import modules
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
-from kivi_tvm.hf.support import is_full_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def bytes_per_token(cache: Any) -> float:
         return sum(
             n * _page_bytes(module.cfg) / float(module.cfg.P) for module, n in modules(cache)
         )
-    growing = [layer for layer in cache.layers if is_full_attention(layer)]
+    growing = [layer for layer in cache.layers if type(layer) is DynamicLayer]
     shares = [_tensor_bytes(layer) / int(layer.get_seq_length()) for layer in growing]
     return float(sum(shares))
 
