@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kivi_tvm.eval import agreement, decoded_logits
+from kivi_tvm.eval import agreement, decoded_logits, perplexity
 
 
 def test_equal_logits_agree():
@@ -51,6 +51,19 @@ def test_shapes_are_checked(shapes):
     assert "`reference_logits`" in str(caught.value) and str(list(shapes[0])) in str(caught.value)
 
 
+def test_many_positions_are_averaged_as_one():
+    p, q = torch.randn(2, 150, 7)
+    whole = agreement(p, q)
+    kl = torch.nn.functional.kl_div(
+        q.double().log_softmax(-1),
+        p.double().log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    assert whole.kl == pytest.approx(kl.item())
+    assert whole.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+
+
 class Counting:
     """A model whose logits name the token it saw and how many came before it."""
 
@@ -76,3 +89,27 @@ def test_positions_leave_a_prompt(positions):
     with pytest.raises(ValueError) as caught:
         decoded_logits(Counting(), [], torch.tensor([[1, 2, 3]]), positions)
     assert str(caught.value) == f"`positions` must be in 1..2, got {positions}"
+
+
+class Guessing:
+    """A model of three tokens that gives the next of the cycle 0, 1, 2 half of the mass."""
+
+    def __call__(self, tokens, past_key_values, logits_to_keep=0):
+        logits = torch.full((1, 1, 3), 0.25).log()
+        logits[0, 0, (tokens[0, -1] + 1) % 3] = math.log(0.5)
+        return type("Output", (), {"logits": logits})
+
+
+def test_perplexity_is_of_the_token_after_each_step():
+    scored = perplexity(Guessing(), None, torch.tensor([[2, 2, 0, 1, 2, 0]]), positions=4)
+    assert scored.perplexity == pytest.approx(2)
+    assert scored.logits.shape == (4, 3)
+    # The last token breaks the cycle: three predictions with probability 1/2, one with 1/4.
+    scored = perplexity(Guessing(), None, torch.tensor([[2, 2, 0, 1, 2, 1]]), positions=4)
+    assert scored.perplexity == pytest.approx(2 ** (5 / 4))
+
+
+def test_perplexity_leaves_a_prompt_and_a_last_token():
+    with pytest.raises(ValueError) as caught:
+        perplexity(Guessing(), None, torch.tensor([[1, 2, 0]]), positions=2)
+    assert str(caught.value) == "`positions` must be in 1..1, got 2"

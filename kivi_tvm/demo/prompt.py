@@ -11,11 +11,18 @@ STORY = "data/story.txt"
 QUESTION = "data/question.txt"
 
 
+def story() -> str:
+    """The bundled story (see data/PROVENANCE.md)."""
+    return _bundled(STORY)
+
+
 def default_prompt() -> str:
-    """The bundled story (see data/PROVENANCE.md) and a question about it."""
-    folder = files("kivi_tvm.demo")
-    story, question = (folder.joinpath(name).read_text("utf-8") for name in (STORY, QUESTION))
-    return f"{story.strip()}\n\n{question.strip()}"
+    """The story and a question about it."""
+    return f"{story()}\n\n{_bundled(QUESTION)}"
+
+
+def _bundled(name: str) -> str:
+    return files("kivi_tvm.demo").joinpath(name).read_text("utf-8").strip()
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
@@ -28,7 +35,7 @@ def read_prompt(text: str | None, file: Path | None) -> str:
     """
     name, prompt = "--prompt", text
     if file is not None:
-        name, prompt = "--prompt-file", _read(file)
+        name, prompt = "--prompt-file", read_text("--prompt-file", file)
     if prompt is None:
         return default_prompt()
     if not prompt.strip():
@@ -42,12 +49,19 @@ def last_paragraph(prompt: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"... {text[-limit:]}"
 
 
-def _read(file: Path) -> str:
+def read_text(option: str, file: Path) -> str:
+    """The text of the file that was given as `option`.
+
+    Raises
+    ------
+    UserError
+        It cannot be read as UTF-8 text.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"`--prompt-file` must be a readable file, got {str(file)!r} ({error.strerror})"
+            f"`{option}` must be a readable file, got {str(file)!r} ({error.strerror})"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"`--prompt-file` must be UTF-8 text, got {str(file)!r}") from error
+        raise UserError(f"`{option}` must be UTF-8 text, got {str(file)!r}") from error

@@ -38,7 +38,7 @@ class MissingPackages(UserError):
 def check_readers() -> None:
     """Raise `MissingPackages` if no model can be loaded at all."""
     if missing := _missing(READERS):
-        raise MissingPackages(f"the demo needs {', '.join(missing)}", [INSTALL_READERS])
+        raise MissingPackages(f"this command needs {', '.join(missing)}", [INSTALL_READERS])
 
 
 def default_model(convert: Callable[[Path, Path], None]) -> Path:

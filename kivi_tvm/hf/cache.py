@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.hf.layer import KiviLayer
-from kivi_tvm.hf.limits import LimitedCache
-from kivi_tvm.hf.padding import Padding, extend_history, same_padding, step_padding
+from kivi_tvm.hf.padding import Padding, Rewind, extend_history, same_padding, step_padding
+from kivi_tvm.hf.rows import RowOperations
 from kivi_tvm.hf.store import Geometry, LayerStore, Step, Store
 from kivi_tvm.hf.support import (
     ATTENTION_NAME,
@@ -24,7 +24,7 @@ from kivi_tvm.hf.support import (
 )
 
 
-class KiviCache(LimitedCache):
+class KiviCache(RowOperations):
     """A KIVI cache for `model.generate(..., past_key_values=KiviCache(model.config))`.
 
     Full-attention layers are held in 2-, 4- or 8-bit pages; sliding-window and linear layers of
@@ -34,7 +34,8 @@ class KiviCache(LimitedCache):
     Several tokens may come on top of stored ones: chunked prefill (`prefill_chunk_size`) and
     continued chats (another `generate` with the same cache), with padding anywhere in the new
     columns. They see the history as it was before the step and each other exactly, so results
-    depend on the chunks. Beams, cropping and sharing a prefix are refused.
+    depend on the chunks. A later mask may hide the last tokens of a row (the pads that `generate`
+    stores for a row that ended before the others): they are taken back as by `crop`.
 
     Parameters
     ----------
@@ -47,6 +48,10 @@ class KiviCache(LimitedCache):
         "kivi" (Algorithm 1) or "exact" (keys of the window stay exact after a flush).
     max_tokens : int or None
         Tokens per row, padding not counted, beyond which a step raises; None: no limit.
+    rollback : int
+        Tokens that `crop` takes back exactly; 0 becomes 32 in assisted generation.
+    sink_tokens : int
+        First tokens of each row that stay in full precision.
     target : str, dict or None
         What to compile for; by default "native" on CPU and "cuda" on a GPU.
 
@@ -66,6 +71,8 @@ class KiviCache(LimitedCache):
         residual_length: int = 128,
         window: str = "kivi",
         max_tokens: int | None = None,
+        rollback: int = 0,
+        sink_tokens: int = 0,
         key_group_size: int | None = None,
         value_group_size: int | None = None,
         compute: str = "auto",
@@ -80,9 +87,11 @@ class KiviCache(LimitedCache):
             "value_group_size": value_group_size,
             "compute": compute,
         }
-        check_options(self._options, window, max_tokens)
+        check_options(self._options, window, max_tokens, rollback, sink_tokens)
         check_config(config)
         self.config, self.window, self.max_tokens, self.target = config, window, max_tokens, target
+        self.rollback, self.sink_tokens = rollback, sink_tokens
+        self._rollback_is_ours = not rollback
         super().__init__(layers=self._new_layers())
         self._kivi = [i for i, layer in enumerate(self.layers) if isinstance(layer, KiviLayer)]
         if not self._kivi:
@@ -113,16 +122,16 @@ class KiviCache(LimitedCache):
         step, tokens = self._step, key.shape[2]
         if step is None:
             check_in_step(self.layers[:index], start + tokens)
-            padding = self._check_mask(mask, key.shape[0], start, tokens)
-            return Step(start, tokens, padding, mask, set(self._kivi))
+            padding, rewind = self._check_mask(mask, key.shape[0], start, tokens)
+            return Step(start, tokens, padding, mask, set(self._kivi), rewind)
         if index not in step.waiting or (start, tokens) != (step.start, step.tokens):
             raise RuntimeError(
                 f"a forward stopped before layers {sorted(step.waiting)} had attended, so layer "
                 f"{index} cannot go on; `reset()` the cache and pass the whole prompt"
             )
         if mask is not step.mask:
-            padding = self._check_mask(mask, key.shape[0], start, tokens)
-            if not same_padding(padding, step.padding):
+            padding, rewind = self._check_mask(mask, key.shape[0], start, tokens)
+            if rewind is not None or not same_padding(padding, step.padding):
                 raise NotImplementedError(
                     f"`attention_mask` must hide the same columns in all layers, got another "
                     f"padding in layer {index}"
@@ -132,6 +141,8 @@ class KiviCache(LimitedCache):
     def begin_step(self, step: Step, index: int, query: Tensor, key: Tensor) -> LayerStore:
         """Make room for `step` and give layer `index`'s part of the runtime cache."""
         store = self._store(index, Geometry.of(query, key))
+        if self._step is not step:
+            self._before_step(step)
         store.begin(step)
         if self._step is not step:
             self._history = extend_history(self._history, step.start, step.padding)
@@ -144,7 +155,9 @@ class KiviCache(LimitedCache):
         if not step.waiting:
             self._step = None
 
-    def _check_mask(self, mask: Tensor | None, B: int, start: int, tokens: int) -> Padding | None:
+    def _check_mask(
+        self, mask: Tensor | None, B: int, start: int, tokens: int
+    ) -> tuple[Padding | None, Rewind | None]:
         history = None if self._history is None else self._history[:, :start]
         return step_padding(mask, history, B, start, tokens)
 
@@ -181,7 +194,9 @@ class KiviCache(LimitedCache):
             batch_size=geometry.batch_size,
             max_tokens=self.max_tokens,
             device=geometry.device,
+            rollback=self.rollback,
             window=self.window,
+            sink_tokens=self.sink_tokens,
         )
         self._stores.append(Store(geometry, module, cache, members))
         return self._stores[-1]
@@ -217,10 +232,13 @@ class KiviCache(LimitedCache):
         return {
             **self._options,
             "window": self.window,
+            "rollback": self.rollback,
+            "sink_tokens": self.sink_tokens,
             "max_tokens": self.max_tokens,
             "layers": {"kivi": len(self._kivi), **Counter(others)},
             "columns": self.layers[self._kivi[0]].columns,
             "lengths": self.lengths,
+            "refilled": list(self._stores[0].cache.report()["refilled"]) if self._stores else [],
             "bytes": self.nbytes,
             "kernels": [store.describe() for store in self._stores],
         }
@@ -240,3 +258,4 @@ class KiviCache(LimitedCache):
             store.cache.reset()
             store.step = None
         self.pending = self._step = self._history = None
+        self._in_rounds = False

@@ -52,8 +52,8 @@ def layer_of(key: Tensor) -> KiviLayer | None:
 class KiviLayer(CacheLayerMixin):
     """The part of a `KiviCache` that serves the model's layer `index`."""
 
-    is_compileable = False
-    is_croppable = False
+    is_compileable = False  # transformers would expect masks of a static size
+    is_croppable = True  # exactly, once `activate_past_recording` was called
     is_sliding = False
 
     def __init__(self, cache: KiviCache, index: int) -> None:
@@ -63,6 +63,15 @@ class KiviLayer(CacheLayerMixin):
         self.index = index
         self.columns = 0
         self._pending: tuple[Tensor, Tensor] | None = None
+
+    def copied(self, cache: KiviCache) -> KiviLayer:
+        """The same layer of another cache."""
+        new = type(self)(cache, self.index)
+        new.columns = self.columns
+        if self.is_initialized:
+            new.dtype, new.device, new.batch_size = self.dtype, self.device, self.batch_size
+            new.is_initialized = True
+        return new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note what the tensors tell; memory is taken at the first attention."""
@@ -167,5 +176,5 @@ class KiviLayer(CacheLayerMixin):
         unsupported("prefetch", "offloaded caches")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Not supported: see `KiviCache.reorder_cache`."""
-        unsupported("reorder_cache", "beam search")
+        """Not supported: rows are those of all layers, see `KiviCache.reorder_cache`."""
+        unsupported("reorder_cache", "of one layer")

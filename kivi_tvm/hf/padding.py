@@ -42,10 +42,29 @@ class Padding:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """Stored tokens that a mask hides from now on: the last ones of their rows.
+
+    Generation goes on for a row that has ended until the whole batch has; the next turn's mask
+    says that what it stored since was no text.
+
+    Parameters
+    ----------
+    history : Tensor
+        bool `[B, start]`, False on padding and on what is hidden now.
+    lengths : list of int
+        Tokens that each row loses.
+    """
+
+    history: Tensor
+    lengths: list[int]
+
+
 def step_padding(
     mask: Tensor | None, history: Tensor | None, batch_size: int, start: int, tokens: int
-) -> Padding | None:
-    """Padding of `tokens` new columns on top of `start` stored ones; None if there is none.
+) -> tuple[Padding | None, Rewind | None]:
+    """Padding of `tokens` new columns on top of `start` stored ones, and what became hidden.
 
     Parameters
     ----------
@@ -57,21 +76,21 @@ def step_padding(
     Raises
     ------
     NotImplementedError
-        A stored column changed between hidden and visible, or the mask is not "causal and
-        padding": later steps could not continue it.
+        A stored column became visible, or hidden in front of one that is visible, or the mask is
+        not "causal and padding": later steps could not continue it.
     """
     if mask is None:
         if history is not None:
-            _check_stored(torch.ones_like(history), history)
-        return None
+            _newly_hidden(torch.ones_like(history), history)
+        return None, None
     row = padding_row(mask, batch_size, tokens, start + tokens)
-    _check_stored(row[:, :start], history)
+    rewind = _newly_hidden(row[:, :start], history)
     if tokens > 1:
         _check_causal(mask, row, start)
     visible = row[:, start:]
     if bool(visible.all()):
-        return None
-    return Padding(visible, visible.sum(1).tolist())
+        return None, rewind
+    return Padding(visible, visible.sum(1).tolist()), rewind
 
 
 def extend_history(history: Tensor | None, start: int, padding: Padding | None) -> Tensor | None:
@@ -79,6 +98,14 @@ def extend_history(history: Tensor | None, start: int, padding: Padding | None) 
     if padding is None:
         return history
     return torch.cat([_whole(history, padding.visible, start), padding.visible], 1)
+
+
+def tokens_of_last(history: Tensor | None, batch_size: int, start: int, count: int) -> list[int]:
+    """Real tokens of each row among the last `count` of `start` columns."""
+    if history is None:
+        return [count] * batch_size
+    last: list[int] = _whole(history, history, start)[:, start - count :].sum(1).tolist()
+    return last
 
 
 def _whole(history: Tensor | None, like: Tensor, start: int) -> Tensor:
@@ -90,16 +117,24 @@ def _whole(history: Tensor | None, like: Tensor, start: int) -> Tensor:
     return stored
 
 
-def _check_stored(seen: Tensor, history: Tensor | None) -> None:
+def _newly_hidden(seen: Tensor, history: Tensor | None) -> Rewind | None:
+    """What of the stored columns `seen` bool `[B, start]` hides and `history` does not."""
     stored = _whole(history, seen, seen.shape[1])
     if torch.equal(seen, stored):
-        return
-    row, column = (seen != stored).nonzero()[0].tolist()
-    now = "visible" if seen[row, column] else "hidden"
-    raise NotImplementedError(
-        "`attention_mask` must keep hiding the padding of earlier steps and nothing else, got row "
-        f"{row}, column {column} newly {now}: KiviCache cannot change stored tokens yet"
-    )
+        return None
+    hidden = stored & ~seen
+    # Columns that are visible or have a visible one on their right.
+    kept = seen.flip(1).cumsum(1).flip(1) > 0
+    wrong = (seen & ~stored) | (hidden & kept)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        now = "visible" if seen[row, column] else "hidden in front of visible ones"
+        raise NotImplementedError(
+            "`attention_mask` must keep hiding the padding of earlier steps and, beside it, at "
+            f"most the last tokens of a row, got row {row}, column {column} newly {now}: "
+            "KiviCache cannot change stored tokens"
+        )
+    return Rewind(seen.clone(), hidden.sum(1).tolist())
 
 
 def _check_causal(mask: Tensor, row: Tensor, start: int) -> None:

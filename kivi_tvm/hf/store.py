@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kivi_tvm.hf.padding import Padding
+from kivi_tvm.hf.padding import Padding, Rewind
 
 
 class LayerStore(Protocol):
@@ -43,6 +43,10 @@ class CacheStore(Protocol):
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by part."""
 
+    @property
+    def rollback(self) -> int:
+        """Tokens that `crop` removes exactly."""
+
     def layer(self, i: int) -> Any:
         """The `LayerStore` of layer `i`."""
 
@@ -51,6 +55,21 @@ class CacheStore(Protocol):
 
     def reset(self) -> None:
         """Forget every token, keep the memory."""
+
+    def crop(self, c: Sequence[int]) -> Any:
+        """Remove the last `c[i]` tokens of row `i`; `.refilled` says what got a stand-in."""
+
+    def enable_rollback(self, E: int) -> None:
+        """From now on, `crop` of `E` tokens is exact."""
+
+    def select(self, index: Sequence[int]) -> None:
+        """Row `i` becomes a copy of old row `index[i]`."""
+
+    def copy(self) -> CacheStore:
+        """An independent cache with the same contents."""
+
+    def report(self) -> dict[str, Any]:
+        """What was applied; "refilled": tokens of each row that have a stand-in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +108,8 @@ class Step:
         The mask that was checked; other layers usually get the very same object.
     waiting : set of int
         Layers that have not attended yet.
+    rewind : Rewind or None
+        What to forget before the step.
     """
 
     start: int
@@ -96,6 +117,7 @@ class Step:
     padding: Padding | None
     mask: Tensor | None
     waiting: set[int]
+    rewind: Rewind | None = None
 
     @property
     def lengths(self) -> list[int] | None:
@@ -126,6 +148,15 @@ class Store:
         if self.step is not step:
             self.cache.begin(step.width, step.lengths)
             self.step = step
+
+    def select(self, index: list[int]) -> None:
+        """Row `i` becomes a copy of old row `index[i]`."""
+        self.cache.select(index)
+        self.geometry = replace(self.geometry, batch_size=len(index))
+
+    def copy(self) -> Store:
+        """The same with a cache of its own."""
+        return Store(self.geometry, self.module, self.cache.copy(), self.members)
 
     def layer(self, index: int) -> LayerStore:
         layer: LayerStore = self.cache.layer(self.members.index(index))

@@ -6,12 +6,17 @@ from typing import Any, NoReturn
 
 import transformers
 from torch import Tensor, is_grad_enabled
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from kivi_tvm.config import WINDOWS, KiviConfig
 
 ATTENTION_NAME = "kivi_tvm"
 MIN_TRANSFORMERS = (5, 17)
+CROPS_NEGATIVE_ONLY = (5, 18)
 
 # Layers of a hybrid model that transformers' own cache layer serves. Anything that is neither
 # here nor exactly a `DynamicLayer` (full attention) is refused: it may hold full attention inside.
@@ -33,6 +38,11 @@ CALL_RULES = {
 }
 
 
+def _version() -> tuple[int, int]:
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def require_transformers() -> None:
     """Refuse a transformers whose cache interface differs.
 
@@ -41,8 +51,7 @@ def require_transformers() -> None:
     ImportError
         transformers is older than 5.17 (its `Cache.crop` and length methods differ).
     """
-    major, minor = transformers.__version__.split(".")[:2]
-    if (int(major), int(minor)) < MIN_TRANSFORMERS:
+    if _version() < MIN_TRANSFORMERS:
         need = ".".join(map(str, MIN_TRANSFORMERS))
         raise ImportError(
             f"kivi_tvm.hf needs transformers>={need}, got {transformers.__version__}; "
@@ -55,13 +64,22 @@ def unsupported(call: str, purpose: str) -> NoReturn:
     raise NotImplementedError(f"KiviCache does not support `{call}` ({purpose}) yet")
 
 
-def check_options(options: dict[str, Any], window: str, max_tokens: int | None) -> None:
+def check_options(
+    options: dict[str, Any],
+    window: str,
+    max_tokens: int | None,
+    rollback: int,
+    sink_tokens: int,
+) -> None:
     """Raise now for what no model could make valid; 256 is divisible by every group size."""
     KiviConfig(head_dim=256, num_heads=1, num_kv_heads=1, **options)
     if window not in WINDOWS:
         raise ValueError(f"`window` must be one of {list(WINDOWS)}, got {window!r}")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise ValueError(f"`max_tokens` must be None or a positive int, got {max_tokens!r}")
+    for name, value in (("rollback", rollback), ("sink_tokens", sink_tokens)):
+        if type(value) is not int or value < 0:
+            raise ValueError(f"`{name}` must be an int of at least 0, got {value!r}")
 
 
 def check_config(config: Any) -> None:
@@ -143,6 +161,62 @@ def check_in_step(layers: list[Any], columns: int) -> None:
             raise RuntimeError(
                 f"layer {i} has seen {layer.get_seq_length()} columns instead of {columns}: an "
                 "earlier forward stopped half-way; `reset()` the cache and pass the whole prompt"
+            )
+
+
+def check_room(stored: list[int], new: list[int], max_tokens: int | None) -> None:
+    """Refuse a step that would make a row longer than `max_tokens`, before it rewinds rows."""
+    longest = max(a + b for a, b in zip(stored, new, strict=True))
+    if max_tokens is not None and longest > max_tokens:
+        raise ValueError(f"`max_tokens` must be at least {longest}, got {max_tokens}")
+
+
+def columns_to_remove(tokens_to_remove: int, columns: int) -> int:
+    """How many of `columns` a `crop(tokens_to_remove)` of the installed transformers removes.
+
+    Raises
+    ------
+    ValueError
+        The number is positive and transformers is newer than 5.17.
+    """
+    if tokens_to_remove <= 0:
+        return min(-tokens_to_remove, columns)
+    if _version() >= CROPS_NEGATIVE_ONLY:
+        raise ValueError(
+            "`tokens_to_remove` must be minus the number of tokens to remove, got "
+            f"{tokens_to_remove}"
+        )
+    return max(0, columns - tokens_to_remove)
+
+
+def check_croppable(layers: dict[int, Any], count: int) -> None:
+    """Refuse to remove `count` columns before anything changed, if one of `layers` would.
+
+    Raises
+    ------
+    RuntimeError
+        A sliding-window or linear layer no longer has the state of `count` columns ago.
+    """
+    for i, layer in layers.items() if count else ():
+        lost = False
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            lost = not layer.record_past or any(layer.is_recurrent_states_initialized.values())
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
+            need = min(layer.get_seq_length() - count, layer.sliding_window - 1)
+            lost |= layer.keys.shape[-2] - count < need
+        if lost:
+            raise RuntimeError(
+                f"layer {i} ({type(layer).__name__}) cannot take back {count} tokens: call "
+                "`activate_past_recording()` before the forward; recurrent states never can"
+            )
+
+
+def check_rearrangeable(layers: dict[int, Any], name: str) -> None:
+    """Refuse to rearrange rows before anything changed, if one of `layers` has no such method."""
+    for i, layer in layers.items():
+        if not hasattr(layer, name):
+            raise NotImplementedError(
+                f"`{name}` is not supported by layer {i} ({type(layer).__name__}) of transformers"
             )
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hf.torch_kivi import TorchModule
 
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.hf import KiviCache
+from kivi_tvm.hf.reference_cache import ReferenceModule
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -86,7 +86,7 @@ class RecordingTorchCache(KiviCache):
         self.tape = Tape()
 
     def _build(self, cfg: KiviConfig, device: torch.device) -> Any:
-        return TapedModule(TorchModule(cfg, torch.float64), self.tape.record)
+        return TapedModule(ReferenceModule(cfg), self.tape.record)
 
 
 class ReplayingCache(KiviCache):

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hf.tiny import TINY
-from hf.torch_kivi import TorchKiviCache
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
 from kivi_tvm.hf.attention import kivi_attention_forward
+from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 from kivi_tvm.hf.support import CALL_RULES
 
 
@@ -26,11 +26,11 @@ def attend(q, k, v, **kwargs):
 
 @pytest.fixture
 def cache():
-    return TorchKiviCache(LlamaConfig(**TINY))
+    return ReferenceKiviCache(LlamaConfig(**TINY))
 
 
 def test_scaling_of_the_model():
-    cache = TorchKiviCache(LlamaConfig(**{**TINY, "num_hidden_layers": 1}))
+    cache = ReferenceKiviCache(LlamaConfig(**{**TINY, "num_hidden_layers": 1}))
     q, k, v = states(5)
     attend(q, *cache.update(k, v, 0), scaling=0.5)
     new_q, new_k, new_v = states()
@@ -80,7 +80,7 @@ def test_key_attended_twice(cache):
 
 
 def test_key_of_another_cache_is_not_mixed_up(cache):
-    other = TorchKiviCache(LlamaConfig(**TINY))
+    other = ReferenceKiviCache(LlamaConfig(**TINY))
     q, k, v = states()
     k, v = other.update(k, v, 0)
     attend(q, k, v)

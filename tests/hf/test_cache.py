@@ -10,10 +10,10 @@ import pytest
 import torch
 from hf.compare import run
 from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
-from hf.torch_kivi import TorchKiviCache
 from transformers import DynamicCache, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from kivi_tvm.hf.attention import kivi_attention_forward
+from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 
 # Float32 noise of two orders of summation; logits here are of size 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -66,7 +66,7 @@ def llama():
 def test_equals_full_precision_within_the_window(llama, name):
     inputs = INPUTS[name]()
     want, tokens = run(llama, DynamicCache(config=llama.config), inputs, STEPS)
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     got, _ = run(llama, cache, inputs, STEPS, tokens)
     torch.testing.assert_close(got, want, **CLOSE)
     assert cache.lengths == (inputs["attention_mask"].sum(1) + STEPS).tolist()
@@ -76,19 +76,21 @@ def test_equals_full_precision_within_the_window(llama, name):
 def test_quantization_changes_the_logits(llama):
     inputs = whole(300)
     want, tokens = run(llama, DynamicCache(config=llama.config), inputs, 4)
-    two, _ = run(llama, TorchKiviCache(llama.config), inputs, 4, tokens)
-    eight, _ = run(llama, TorchKiviCache(llama.config, key_bits=8, value_bits=8), inputs, 4, tokens)
+    two, _ = run(llama, ReferenceKiviCache(llama.config), inputs, 4, tokens)
+    eight, _ = run(
+        llama, ReferenceKiviCache(llama.config, key_bits=8, value_bits=8), inputs, 4, tokens
+    )
     assert (two - want).norm() > 10 * (eight - want).norm() > 0
 
 
 @pytest.mark.parametrize("name", ["left", "right", "interior"])
 def test_padded_row_equals_the_row_alone(llama, name):
     inputs = INPUTS[name]()
-    got, tokens = run(llama, TorchKiviCache(llama.config), inputs, STEPS)
+    got, tokens = run(llama, ReferenceKiviCache(llama.config), inputs, STEPS)
     for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"])):
         ids = ids[mask.bool()][None]
         alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        want, _ = run(llama, TorchKiviCache(llama.config), alone, STEPS, tokens[i : i + 1])
+        want, _ = run(llama, ReferenceKiviCache(llama.config), alone, STEPS, tokens[i : i + 1])
         torch.testing.assert_close(got[:, i], want[:, 0], **CLOSE)
 
 
@@ -96,7 +98,7 @@ def test_padded_row_equals_the_row_alone(llama, name):
 @pytest.mark.parametrize("make", [lambda: whole(40), ragged], ids=["single", "left"])
 def test_generate_equals_transformers(llama, make, options):
     outputs = []
-    for cache in (DynamicCache(config=llama.config), TorchKiviCache(llama.config)):
+    for cache in (DynamicCache(config=llama.config), ReferenceKiviCache(llama.config)):
         torch.manual_seed(3)
         outputs.append(
             llama.generate(**make(), past_key_values=cache, max_new_tokens=STEPS, **options)
@@ -105,7 +107,7 @@ def test_generate_equals_transformers(llama, make, options):
 
 
 def test_generate_several_sequences(llama):
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     out = llama.generate(
         **whole(7), past_key_values=cache, max_new_tokens=5, do_sample=True, num_return_sequences=3
     )
@@ -117,7 +119,7 @@ def test_early_end_of_sequence_in_a_batch(llama):
     greedy = llama.generate(**ragged(), max_new_tokens=STEPS, do_sample=False)
     end = {"eos_token_id": int(greedy[0, 36]), "pad_token_id": 0}
     want = llama.generate(**ragged(), max_new_tokens=STEPS, do_sample=False, **end)
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     got = llama.generate(
         **ragged(), past_key_values=cache, max_new_tokens=STEPS, do_sample=False, **end
     )
@@ -143,7 +145,7 @@ def test_hybrid_model_keeps_its_sliding_layers(first):
     )
     model, inputs = prepare(Qwen3ForCausalLM(config)), ragged()
     want, tokens = run(model, DynamicCache(config=config), inputs, STEPS)
-    cache = TorchKiviCache(config)
+    cache = ReferenceKiviCache(config)
     for _ in range(2):
         got, _ = run(model, cache, inputs, STEPS, tokens)
         torch.testing.assert_close(got, want, **CLOSE)
@@ -154,7 +156,7 @@ def test_hybrid_model_keeps_its_sliding_layers(first):
 def test_layers_of_different_geometry_get_their_own_cache():
     per_layer = {1: {"num_key_value_heads": 1}}
     config = LlamaConfig(**{**TINY, "num_hidden_layers": 3}, per_layer_config=per_layer)
-    cache = TorchKiviCache(config)
+    cache = ReferenceKiviCache(config)
     for tokens in (5, 1, 1):
         for layer, H_kv in enumerate((2, 1, 2)):
             attend(cache, layer, *states(tokens, H_kv))
@@ -164,7 +166,7 @@ def test_layers_of_different_geometry_get_their_own_cache():
 
 
 def test_layers_unlike_their_configuration():
-    cache = TorchKiviCache(LlamaConfig(**TINY))
+    cache = ReferenceKiviCache(LlamaConfig(**TINY))
     attend(cache, 0, *states(5, 2))
     with pytest.raises(NotImplementedError, match=r"layers \[0, 1\] must be alike, got .* layer 1"):
         attend(cache, 1, *states(5, 1))
@@ -175,9 +177,9 @@ def test_layers_unlike_their_configuration():
 
 
 def test_reset_starts_over_also_with_another_batch(llama):
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     for inputs in (whole(200), whole(40), ragged(), whole(3)):
-        want, tokens = run(llama, TorchKiviCache(llama.config), inputs, 3)
+        want, tokens = run(llama, ReferenceKiviCache(llama.config), inputs, 3)
         got, _ = run(llama, cache, inputs, 3, tokens)
         assert torch.equal(got, want)
         cache.reset()
@@ -186,7 +188,7 @@ def test_reset_starts_over_also_with_another_batch(llama):
 
 
 def test_what_transformers_asks_a_cache(llama):
-    cache = TorchKiviCache(llama.config, max_tokens=64)
+    cache = ReferenceKiviCache(llama.config, max_tokens=64)
     assert (cache.get_seq_length(), cache.get_mask_sizes(7, 0)) == (0, (7, 0))
     assert not cache.is_initialized
     assert cache.batch_size == -1
@@ -194,7 +196,7 @@ def test_what_transformers_asks_a_cache(llama):
     assert type(cache.get_seq_length()) is int
     assert cache.get_mask_sizes(1, 1) == (36, 0)
     assert cache.get_max_length() == 64
-    assert (cache.is_compileable, cache.is_croppable, cache.batch_size) == (False, False, 3)
+    assert (cache.is_compileable, cache.is_croppable, cache.batch_size) == (False, True, 3)
     assert cache.is_initialized
     assert cache.is_sliding == [False, False]
     cache.crop(0)
@@ -202,7 +204,7 @@ def test_what_transformers_asks_a_cache(llama):
 
 
 def test_report_says_what_was_applied(llama):
-    cache = TorchKiviCache(llama.config, key_bits=4, window="exact")
+    cache = ReferenceKiviCache(llama.config, key_bits=4, window="exact")
     assert cache.nbytes == {"total": 0}
     run(llama, cache, whole(5), 1)
     report = cache.report()
@@ -214,16 +216,16 @@ def test_report_says_what_was_applied(llama):
 
 
 def test_early_initialization_takes_no_memory(llama):
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     cache.early_initialization(1, 2, 64, torch.float32, torch.device("cpu"))
     assert cache.is_initialized
     assert cache.nbytes == {"total": 0}
-    want, tokens = run(llama, TorchKiviCache(llama.config), whole(5), 2)
+    want, tokens = run(llama, ReferenceKiviCache(llama.config), whole(5), 2)
     assert torch.equal(run(llama, cache, whole(5), 2, tokens)[0], want)
 
 
 def test_dropped_cache_is_freed_at_once(llama):
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     run(llama, cache, whole(5), 1)
     gone = weakref.ref(cache)
     gc.disable()

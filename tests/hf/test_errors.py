@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 
 import pytest
 import torch
 from hf.compare import run
 from hf.tiny import pad, prompt, tiny_llama
-from hf.torch_kivi import TorchKiviCache
+
+from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def inputs():
 
 def unchanged(llama, cache, inputs):
     """Whether `cache` goes on as one that only ever saw `inputs`."""
-    other = TorchKiviCache(llama.config)
+    other = ReferenceKiviCache(llama.config)
     run(llama, other, inputs, 0)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     step = {"input_ids": prompt(1, 2), "attention_mask": mask}
@@ -35,7 +35,7 @@ def unchanged(llama, cache, inputs):
 
 
 def filled(llama, inputs, **options):
-    cache = TorchKiviCache(llama.config, **options)
+    cache = ReferenceKiviCache(llama.config, **options)
     run(llama, cache, inputs, 0)
     return cache
 
@@ -51,13 +51,8 @@ def mask_after(inputs, tokens=1, **hidden):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: c.crop(-1), r"`crop\(-1\)` \(rollback"),
-        (lambda c: c.activate_past_recording(), "assisted decoding"),
-        (lambda c: c.reorder_cache(torch.tensor([1, 0])), "beam search"),
-        (lambda c: c.batch_repeat_interleave(2), "copying rows"),
-        (lambda c: c.batch_select_indices(torch.tensor([0])), "selecting rows"),
+        (lambda c: c.layers[0].reorder_cache(torch.tensor([1, 0])), "of one layer"),
         (lambda c: c.offload(0), "offload"),
-        (copy.deepcopy, "deepcopy"),
         (pickle.dumps, "pickle"),
     ],
 )
@@ -66,24 +61,6 @@ def test_unsupported_methods(llama, inputs, call, message):
     with pytest.raises(NotImplementedError, match=message):
         call(cache)
     assert unchanged(llama, cache, inputs)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 2}, "beam search"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
-    ],
-)
-def test_unsupported_generate(llama, options, message):
-    with pytest.raises(NotImplementedError, match=message):
-        llama.generate(
-            prompt(9),
-            past_key_values=TorchKiviCache(llama.config),
-            max_new_tokens=4,
-            do_sample=False,
-            **options,
-        )
 
 
 def test_several_tokens_with_a_bidirectional_mask(llama, inputs):
@@ -105,7 +82,7 @@ def test_several_tokens_beyond_max_tokens(llama, inputs):
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        ({"h0": 4}, "row 0, column 4 newly hidden"),
+        ({"h0": 4}, "row 0, column 4 newly hidden in front"),
         ({"s1": 1}, "row 1, column 1 newly visible"),
     ],
 )
@@ -136,7 +113,7 @@ def test_forgotten_mask_of_a_padded_batch(llama, inputs, tokens):
     ids=["float", "bidirectional", "per-head"],
 )
 def test_custom_masks(llama, mask, message):
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
         llama(prompt(9, 2), attention_mask=mask, past_key_values=cache)
     assert (cache.get_seq_length(), cache.lengths) == (0, [])
@@ -193,7 +170,7 @@ def test_dropout(inputs):
 
 
 def test_forward_that_stopped_half_way(llama, inputs):
-    model, cache = tiny_llama(), TorchKiviCache(llama.config)
+    model, cache = tiny_llama(), ReferenceKiviCache(llama.config)
 
     def fail(*args):
         raise KeyboardInterrupt

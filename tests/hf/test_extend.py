@@ -8,10 +8,10 @@ from hf import smollm2
 from hf.compare import MAX_ERROR, compare, talk
 from hf.tape import RecordingTorchCache, ReplayingCache
 from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
-from hf.torch_kivi import TorchKiviCache
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from kivi_tvm.hf import KiviCache
+from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_cache.py
 R = 128
@@ -77,7 +77,7 @@ IN_WINDOW = {
 def test_equals_full_precision_within_the_window(llama, name):
     turns = IN_WINDOW[name]()
     want = talk(llama, DynamicCache(config=llama.config), turns)
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     got = talk(llama, cache, turns, want.tokens)
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
     tokens = sum(inputs["attention_mask"].sum(1) + steps for inputs, steps in turns)
@@ -95,14 +95,14 @@ def test_hybrid_model(name, first):
     )
     model, turns = prepare(Qwen3ForCausalLM(config)), IN_WINDOW[name]()
     want = talk(model, DynamicCache(config=config), turns)
-    got = talk(model, TorchKiviCache(config), turns, want.tokens)
+    got = talk(model, ReferenceKiviCache(config), turns, want.tokens)
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
 
 
 def test_refused_step_of_a_hybrid_model_is_noticed():
     kinds = ["sliding_attention", "full_attention"]
     config = Qwen3Config(**TINY, layer_types=kinds, sliding_window=16, use_sliding_window=True)
-    model, cache = prepare(Qwen3ForCausalLM(config)), TorchKiviCache(config)
+    model, cache = prepare(Qwen3ForCausalLM(config)), ReferenceKiviCache(config)
     talk(model, cache, [(turn(9, 6), 0)])
     mask = torch.ones(2, 12, dtype=torch.long)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="newly visible"):
@@ -115,7 +115,7 @@ def test_refused_step_of_a_hybrid_model_is_noticed():
 
 
 def test_padding_of_a_later_turn_is_remembered(llama):
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     talk(llama, cache, [(turn(9, 6), 2), (turn(3, 5, seed=1), 2)])
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[1, :3] = 0
@@ -133,7 +133,7 @@ def test_padding_of_a_later_turn_is_remembered(llama):
 def test_generate_with_chunked_prefill(llama, make, size):
     options = {"max_new_tokens": 8, "do_sample": False}
     want = llama.generate(**make(), **options)
-    cache = TorchKiviCache(llama.config)
+    cache = ReferenceKiviCache(llama.config)
     got = llama.generate(**make(), past_key_values=cache, prefill_chunk_size=size, **options)
     assert torch.equal(got, want)
 
@@ -141,7 +141,7 @@ def test_generate_with_chunked_prefill(llama, make, size):
 @pytest.mark.parametrize("lengths", [[(9,), (12,), (3,)], [(9, 4), (3, 20), (5, 1)]], ids=str)
 def test_generate_three_turns(llama, lengths):
     outputs = []
-    for cache in (DynamicCache(config=llama.config), TorchKiviCache(llama.config)):
+    for cache in (DynamicCache(config=llama.config), ReferenceKiviCache(llama.config)):
         ids = mask = torch.zeros(len(lengths[0]), 0, dtype=torch.long)
         for i, each in enumerate(lengths):
             new = turn(*each, seed=i)

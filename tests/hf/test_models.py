@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from hf.tiny import TINY, prepare, prompt, tiny_llama
-from hf.torch_kivi import TorchKiviCache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +13,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 from kivi_tvm.hf.support import require_transformers
 
 SMALL = {"vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -47,12 +47,12 @@ REFUSED_MODELS = {
 def test_constructor_refuses_model(name):
     make, message = REFUSED_MODELS[name]
     with pytest.raises(ValueError, match=message):
-        TorchKiviCache(make())
+        ReferenceKiviCache(make())
 
 
 def test_falcon_has_no_replaceable_attention():
     model = prepare(FalconForCausalLM(FalconConfig(**SMALL, num_kv_heads=2)))
-    cache = TorchKiviCache(model.config)
+    cache = ReferenceKiviCache(model.config)
     with pytest.raises(RuntimeError, match=r"layer 0 did not go through kivi_tvm attention"):
         model.generate(prompt(5), past_key_values=cache, max_new_tokens=3)
     assert cache.lengths == []
@@ -64,7 +64,7 @@ def test_attention_sinks_of_gpt_oss():
     )
     model = AutoModelForCausalLM.from_config(config)
     model.config._attn_implementation = "kivi_tvm"
-    cache = TorchKiviCache(config)
+    cache = ReferenceKiviCache(config)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="`s_aux` must be None"):
         model(prompt(5), past_key_values=cache)
     assert cache.lengths == []
@@ -73,7 +73,7 @@ def test_attention_sinks_of_gpt_oss():
 def test_attention_not_set_is_noticed_in_the_first_forward():
     model = tiny_llama()
     model.set_attn_implementation("sdpa")
-    cache = TorchKiviCache(model.config)
+    cache = ReferenceKiviCache(model.config)
     for _ in range(2):  # the second try is not mistaken for a prompt
         with torch.no_grad(), pytest.raises(RuntimeError, match="set_attn_implementation"):
             model(prompt(5), past_key_values=cache)
@@ -88,7 +88,9 @@ def test_attention_not_set_with_one_layer_is_noticed_before_decoding():
     model = tiny_llama(num_hidden_layers=1)
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="layer 0 did not go through"):
-        model.generate(prompt(5), past_key_values=TorchKiviCache(model.config), max_new_tokens=3)
+        model.generate(
+            prompt(5), past_key_values=ReferenceKiviCache(model.config), max_new_tokens=3
+        )
 
 
 @pytest.mark.parametrize(
@@ -103,12 +105,12 @@ def test_attention_not_set_with_one_layer_is_noticed_before_decoding():
 )
 def test_options(options, message):
     with pytest.raises(ValueError, match=message):
-        TorchKiviCache(LlamaConfig(**TINY), **options)
+        ReferenceKiviCache(LlamaConfig(**TINY), **options)
 
 
 def test_head_dim_without_kernels():
     model = tiny_llama(head_dim=48)
-    cache = TorchKiviCache(model.config)
+    cache = ReferenceKiviCache(model.config)
     with torch.no_grad(), pytest.raises(ValueError, match=r"`head_dim` must be one of .* got 48"):
         model(prompt(5), past_key_values=cache)
     assert (cache.get_seq_length(), cache.lengths) == (0, [])

@@ -1,4 +1,4 @@
-"""How far a cache setting moves a model's predictions from those at full precision."""
+"""Predictions of a model over a cache, and figures that compare them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+# Predictions compared at once: four float64 copies of so many vocabularies are held.
+_ROWS = 64
 
 
 class Agreement(NamedTuple):
@@ -39,13 +43,55 @@ def agreement(reference_logits: Tensor, logits: Tensor) -> Agreement:
             "`reference_logits` and `logits` must have one shape [N, vocabulary], N >= 1, got "
             f"{list(reference_logits.shape)} and {list(logits.shape)}"
         )
-    log_p = reference_logits.double().log_softmax(-1)
-    log_q = logits.double().log_softmax(-1)
+    same, divergence = 0, 0.0
+    for reference, other in zip(reference_logits.split(_ROWS), logits.split(_ROWS), strict=True):
+        same += int((reference.argmax(-1) == other.argmax(-1)).sum())
+        divergence += _divergence(reference.double(), other.double())
+    return Agreement(same / len(logits), divergence / len(logits), len(logits))
+
+
+def _divergence(reference_logits: Tensor, logits: Tensor) -> float:
+    """KL(reference || other) in nats, summed over positions."""
+    log_p, log_q = reference_logits.log_softmax(-1), logits.log_softmax(-1)
     p = log_p.exp()
     # Selected, not multiplied: 0 * (-inf - x) would be NaN.
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
-    same = reference_logits.argmax(-1) == logits.argmax(-1)
-    return Agreement(same.double().mean().item(), terms.sum(-1).mean().item(), len(logits))
+    return terms.sum().item()
+
+
+class Scored(NamedTuple):
+    """Predictions of known tokens.
+
+    `perplexity` is exp of the mean negative log-likelihood; `logits` `[positions, vocabulary]`
+    are what it was computed from, for `agreement` with other predictions of the same tokens.
+    """
+
+    perplexity: float
+    logits: Tensor
+
+
+def perplexity(model: Any, cache: Any, tokens: Tensor, positions: int) -> Scored:
+    """Perplexity of the last `positions` tokens of a text, read one by one over `cache`.
+
+    Each prediction is a decode step, as in generation: a chunk of new tokens would see itself
+    exactly, however few bits the cache has.
+
+    Parameters
+    ----------
+    model, cache
+        As in `decoded_logits`.
+    tokens : Tensor
+        int64 `[1, T]`, `T >= positions + 2`: the first `T - 1 - positions` are the prompt.
+    positions : int
+
+    Raises
+    ------
+    ValueError
+        The text is too short for `positions`.
+    """
+    logits = decoded_logits(model, cache, tokens[:, :-1], positions)
+    losses = cross_entropy(logits.float(), tokens[0, -positions:], reduction="none")
+    return Scored(losses.double().mean().exp().item(), logits)
 
 
 @torch.no_grad()
