@@ -245,6 +245,15 @@ class KiviCache(RowOperations):
 
     # transformers' cache interface.
 
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand new keys and values on to the attention function, see `KiviLayer.update`."""
+        keys: Tensor
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
     def reset(self) -> None:
         """Forget every token and keep the memory; also ends a forward that failed half-way."""
         fresh = self._new_layers()

@@ -106,6 +106,7 @@ class KiviLayer(CacheLayerMixin):
         self._cache.pending = self.index
         return key, value
 
+    @torch.compiler.disable
     def attend(
         self,
         module: Any,
