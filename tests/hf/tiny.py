@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import kivi_tvm.hf  # noqa: F401 (registers the attention implementation)
 
@@ -36,6 +42,12 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random Llama of two layers."""
     return prepare(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})))
+
+
+def tiny_hybrid(kinds=("sliding_attention", "full_attention")) -> Qwen3ForCausalLM:
+    """A random Qwen3 of two layers, one of them with a sliding window."""
+    options = {"layer_types": list(kinds), "sliding_window": 16, "use_sliding_window": True}
+    return prepare(Qwen3ForCausalLM(Qwen3Config(**TINY, **options)))
 
 
 def prompt(tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
