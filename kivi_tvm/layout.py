@@ -97,10 +97,36 @@ def page_buffers(cfg: KiviConfig, num_pages: int) -> dict[str, Buffer]:
     }
 
 
-def ring_buffers(cfg: KiviConfig, num_slots: int, rollback: int = 0) -> dict[str, Buffer]:
-    """One layer's full-precision windows: rings of `R + E` tokens for `num_slots` sequences."""
-    ring = Buffer((num_slots, cfg.H_kv, cfg.R + rollback, cfg.D), cfg.dtype)
-    return {"k_ring": ring, "v_ring": ring}
+def ring_size(cfg: KiviConfig, rollback: int = 0) -> int:
+    """Slots of a ring, `R + E + 1`: the window, tokens that can be taken back, and one to spare.
+
+    Without the spare one a new token would overwrite the value that leaves the window, and a
+    decode that fails half-way could not be undone.
+    """
+    return cfg.R + rollback + 1
+
+
+def ring_buffers(
+    cfg: KiviConfig,
+    num_slots: int,
+    rollback: int = 0,
+    window: str = "kivi",
+    sink_tokens: int = 0,
+) -> dict[str, Buffer]:
+    """One layer's full-precision tokens of `num_slots` sequences.
+
+    `k_ring` and `v_ring` hold the window; `k_exact` the same keys never dequantized, so that a
+    flush can be taken back (with `rollback`, unless `window="exact"` keeps them anyway); `k_sink`
+    and `v_sink` a row's first tokens.
+    """
+    ring = Buffer((num_slots, cfg.H_kv, ring_size(cfg, rollback), cfg.D), cfg.dtype)
+    found = {"k_ring": ring, "v_ring": ring}
+    if rollback and window == "kivi":
+        found["k_exact"] = ring
+    if sink_tokens:
+        sink = Buffer((num_slots, cfg.H_kv, sink_tokens, cfg.D), cfg.dtype)
+        found |= {"k_sink": sink, "v_sink": sink}
+    return found
 
 
 def num_pages(cfg: KiviConfig, packed_tokens: int) -> int:

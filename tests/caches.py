@@ -6,7 +6,7 @@ import torch
 from configurations import module
 from pools import assert_same_bits
 
-from kivi_tvm import layout
+from kivi_tvm import layout, reference
 
 
 def new_cache(cfg, batch_size=1, **options):
@@ -17,24 +17,30 @@ def new_cache(cfg, batch_size=1, **options):
 def buffers(cache, layer=0):
     """The page and ring buffers of one layer by name."""
     held = cache.layer(layer)
-    return {**held._pages, **held._rings}
+    return {**held.pages, **held.windows}
 
 
 def contents(cache, row, layer=0):
     """Everything that a row has stored, without the places where nothing was written."""
-    cfg, length = cache.cfg, cache.lengths[row]
+    cfg, slot = cache.cfg, cache.rows.rows[row].slot
+    length = cache.rows.body(cache.lengths[row])
     held = buffers(cache, layer)
     keys, values = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
-    pages = cache.page_table[row, : layout.num_pages(cfg, keys)].long()
+    pages = cache.page_table[slot, : layout.num_pages(cfg, keys)].long()
     assert (pages >= 0).all()
-    token = torch.arange(max(0, length - cfg.R), length) % cfg.R
+    token = torch.arange(values, length) % held["k_ring"].shape[2]
     found = {
-        "state": cache.state[row],
+        "state": cache.rows.state[slot],
         "k_code": _join(held["k_code"][pages], -1)[..., :keys],
-        "v_code": _join(held["v_code"][pages], -2)[:, : -(-values * cfg.value_bits // 32)],
-        "k_ring": held["k_ring"][row][:, token],
-        "v_ring": held["v_ring"][row][:, token],
+        # codes, not words: those of tokens that were taken back stay until others come
+        "v_code": reference.unpack(_join(held["v_code"][pages], -2), cfg.value_bits, 1)[:, :values],
+        "k_ring": held["k_ring"][slot][:, token],
+        "v_ring": held["v_ring"][slot][:, token],
     }
+    sinks = cache.lengths[row] - length
+    for name in ("k_sink", "v_sink"):
+        if name in held:
+            found[name] = held[name][slot][:, :sinks]
     for name in ("k_scale", "k_zero"):
         found[name] = _join(held[name][pages], -2)[:, : keys // cfg.G_k]
     for name in ("v_scale", "v_zero"):
@@ -56,7 +62,7 @@ def snapshot(cache):
         for i in range(cache.num_layers)
         for name, buffer in buffers(cache, i).items()
     }
-    return {**found, "state": cache.state.clone(), "page_table": cache.page_table.clone()}
+    return {**found, "state": cache.rows.state.clone(), "page_table": cache.page_table.clone()}
 
 
 def assert_unchanged(cache, before, lengths):

@@ -63,7 +63,7 @@ class Pool:
 
     def __init__(self, cfg, lengths, rollback=0, seed=0):
         self.cfg, self.lengths = cfg, list(lengths)
-        self.ring = cfg.R + rollback
+        self.ring = layout.ring_size(cfg, rollback)
         generator = torch.Generator().manual_seed(seed)
         num_slots = len(self.lengths) + 2
         order = torch.randperm(num_slots, generator=generator)[: len(self.lengths)]

@@ -42,8 +42,23 @@ def test_bits_per_element(cfg):
 
 def test_ring_buffers():
     rings = ring_buffers(CFG, 5, rollback=3)
-    assert {b.shape for b in rings.values()} == {(5, 8, 131, 128)}
-    assert rings["k_ring"].nbytes == 5 * 8 * 131 * 128 * 2
+    assert {b.shape for b in rings.values()} == {(5, 8, 132, 128)}
+    assert rings["k_ring"].nbytes == 5 * 8 * 132 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("rollback", "window", "sink_tokens", "names"),
+    [
+        (0, "kivi", 0, "k_ring v_ring"),
+        (3, "kivi", 0, "k_ring v_ring k_exact"),
+        (3, "exact", 0, "k_ring v_ring"),
+        (0, "kivi", 4, "k_ring v_ring k_sink v_sink"),
+    ],
+)
+def test_full_precision_buffers(rollback, window, sink_tokens, names):
+    found = ring_buffers(CFG, 1, rollback, window, sink_tokens)
+    assert list(found) == names.split()
+    assert all(found[name].shape[2] == 4 for name in found if name.endswith("sink"))
 
 
 @pytest.mark.parametrize(

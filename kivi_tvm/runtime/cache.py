@@ -3,114 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import tvm_ffi
 from torch import Tensor
 
-from kivi_tvm import layout
-from kivi_tvm.config import WINDOWS
-from kivi_tvm.errors import UserError
-from kivi_tvm.runtime.checks import check_lengths, outside_inference_mode
+from kivi_tvm.runtime import rollback as rewinding
+from kivi_tvm.runtime.checks import check_count, check_ints, check_rows
 from kivi_tvm.runtime.layer import CacheLayer
-from kivi_tvm.runtime.library import configure_threads
-from kivi_tvm.runtime.pages import PageTable
-from kivi_tvm.runtime.workspace import Workspace
-
-if TYPE_CHECKING:
-    from kivi_tvm.runtime.module import Module
-
-# A full pool grows by this share: 3% more memory for one copy of the pages per 3% more tokens.
-GROWTH_SHARE = 32
+from kivi_tvm.runtime.rollback import Cropped
+from kivi_tvm.runtime.rows import Row
+from kivi_tvm.runtime.step import SteppedCache
+from kivi_tvm.runtime.surgery import rearrange
 
 
-@dataclass(slots=True)
-class Step:
-    """A forward under way: the tokens it adds to each row, and the layers still to come."""
-
-    lengths: list[int]
-    added: Tensor
-    todo: set[int]
-    history_is_set: bool = False
-
-
-class Cache:
+class Cache(SteppedCache):
     """KV cache of `batch_size` sequences and `num_layers` layers; `Module.new_cache` makes it.
 
     One forward is one step: `begin(n)`, then every layer once. The first layer called begins the
     step by itself if `begin` was not called.
-    """
 
-    @outside_inference_mode
-    def __init__(
-        self,
-        module: Module,
-        num_layers: int,
-        batch_size: int,
-        max_tokens: int | None,
-        device: Any,
-        rollback: int,
-        window: str,
-    ) -> None:
-        _check_options(num_layers, batch_size, max_tokens, device, rollback, window)
-        cfg = module.cfg
-        self.module, self.cfg = module, cfg
-        self.batch_size, self.max_tokens, self.window = batch_size, max_tokens, window
-        self.device = torch.device(device)
-        self.dtype: torch.dtype = getattr(torch, cfg.dtype)
-        self.kernels = module.library
-        self.write_back = int(window == "kivi")
-        self.slots = torch.arange(batch_size, dtype=torch.int32, device=self.device)
-        self.state = torch.zeros(
-            batch_size, len(layout.STATE_FIELDS), dtype=torch.int32, device=self.device
-        )
-        self.state_before = torch.zeros_like(self.state)
-        self.one = torch.ones(batch_size, dtype=torch.int32, device=self.device)
-        self._advance_one = (*map(tvm_ffi.from_dlpack, (self.state, self.slots, self.one)), cfg.R)
-        self._lengths = [0] * batch_size
-        self._pages = PageTable(cfg, batch_size, self.device)
-        self._step: Step | None = None
-        self._quiet_steps = 0
-        key = cfg.kernel_key()
-        self.workspace = Workspace(cfg, key, 1, batch_size, self.device)
-        self._extend_key = replace(key, rows_per_query=key.extend_rows)
-        self._extend_workspace: Workspace | None = None
-        self.lse = torch.empty(batch_size, cfg.H, device=self.device)
-        self._layers = [CacheLayer(self, index) for index in range(num_layers)]
+    A row is active from the start, until `free`, and again when `prefill` or `extend` gives it
+    tokens. Whatever raises leaves the cache as it was; in an open step, a layer that raised can be
+    called again.
+    """
 
     @property
     def num_layers(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, active or not."""
+        return len(self.rows)
+
+    @property
+    def rollback(self) -> int:
+        """Tokens that `crop` takes back exactly."""
+        return self.rows.rollback
+
+    @property
+    def sink_tokens(self) -> int:
+        """First tokens of every row that stay in full precision."""
+        return self.rows.sink_tokens
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens stored per sequence."""
-        return list(self._lengths)
+        """Tokens stored per row; 0 for inactive ones."""
+        return self.rows.lengths
+
+    @property
+    def active(self) -> list[bool]:
+        """Which rows take part in a step."""
+        return self.rows.active
 
     @property
     def page_table(self) -> Tensor:
-        return self._pages.table
+        return self.pages.table
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes actually held, by part.
 
-        "packed" (codes, scales and zeros of the page pool), "window" (full-precision rings),
-        "tables" (page table, lengths, slots), "workspace" (partial results and work lists, shared
-        by all layers) and "total".
+        "packed" (codes, scales and zeros of the page pool), "window" (full-precision rings and
+        sinks), "tables" (page table, lengths, slots), "workspace" (partial results and work lists,
+        shared by all layers) and "total".
         """
         parts = {
-            "packed": sum(layer.packed_nbytes for layer in self._layers),
-            "window": sum(layer.window_nbytes for layer in self._layers),
-            "tables": sum(
-                x.nbytes
-                for x in (self.page_table, self.state, self.state_before, self.slots, self.one)
-            ),
+            "packed": sum(layer.memory.packed_nbytes for layer in self.layers),
+            "window": sum(layer.memory.window_nbytes for layer in self.layers),
+            "tables": self.pages.table.nbytes + self.rows.nbytes,
             "workspace": self.lse.nbytes + sum(each.nbytes for each in self._workspaces()),
         }
         return {**parts, "total": sum(parts.values())}
+
+    def report(self) -> dict[str, Any]:
+        """What the cache is and holds, as plain data.
+
+        "refilled" counts, per row, tokens whose dequantized values took the place of full-precision
+        ones that were gone when `crop` needed them; "shared" pages have several rows.
+        """
+        return {
+            "config": self.cfg.to_dict(),
+            "num_layers": self.num_layers,
+            "window": self.window,
+            "rollback": self.rollback,
+            "sink_tokens": self.sink_tokens,
+            "max_tokens": self.max_tokens,
+            "lengths": self.lengths,
+            "active": self.active,
+            "refilled": [row.refilled for row in self.rows.rows],
+            "pages": {
+                "capacity": self.pages.capacity,
+                "used": self.pages.used,
+                "shared": self.pages.shared,
+            },
+            "bytes": self.nbytes,
+            "kernels": self.module.source,
+        }
 
     def layer(self, index: int) -> CacheLayer:
         """Layer `index`.
@@ -122,143 +111,23 @@ class Cache:
         """
         if not 0 <= index < self.num_layers:
             raise IndexError(f"`index` must be in 0..{self.num_layers - 1}, got {index}")
-        return self._layers[index]
+        return self.layers[index]
 
     def __repr__(self) -> str:
         return (
-            f"Cache(layers={self.num_layers}, lengths={self._lengths}, window={self.window!r}, "
+            f"Cache(layers={self.num_layers}, lengths={self.lengths}, window={self.window!r}, "
             f"bytes={self.nbytes['total']:,})"
         )
 
-    def begin(self, n: int, lengths: Sequence[int] | Tensor | None = None) -> None:
-        """Begin a step of `n` tokens per row: reserve memory and advance every length.
-
-        Parameters
-        ----------
-        n : int
-            Tokens of this step's tensors: `T` of a prefill, 1 of a decode.
-        lengths : sequence of int or Tensor, optional
-            Tokens of each row of a ragged prefill or extend, at most `n`; default `n`.
-
-        Raises
-        ------
-        RuntimeError
-            The previous step is not finished: some layers were not called.
-        ValueError
-            A length is out of range or `max_tokens` would be exceeded; nothing has changed.
-        """
-        if (
-            self._quiet_steps
-            and n == 1
-            and n is not True
-            and lengths is None
-            and self._step is None
-        ):
-            self._begin_quietly()
-            return
-        if self._step is not None:
-            raise RuntimeError(
-                f"the previous step is not finished: layers {sorted(self._step.todo)} were not "
-                "called; call them, or `reset()` to drop everything"
-            )
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise ValueError(f"`n` must be an int of at least 0, got {n!r}")
-        added = check_lengths(lengths, self.batch_size, n)
-        after = [old + new for old, new in zip(self._lengths, added, strict=True)]
-        if self.max_tokens is not None and max(after) > self.max_tokens:
-            raise ValueError(
-                f"`max_tokens`={self.max_tokens} would be exceeded: "
-                f"lengths {self._lengths} plus {added} new tokens"
-            )
-        self._make_room([layout.packed_keys(self.cfg, length) for length in after])
-        threads = torch.get_num_threads()
-        self.workspace.fit(after, threads)
-        configure_threads(threads)
-        tokens = torch.tensor(added, dtype=torch.int32, device=self.device)
-        self.kernels["advance"](self.state, self.slots, tokens, self.cfg.R)
-        self._lengths = after
-        self._quiet_steps = self._steps_without_host_work()
-        self._step = Step(added, tokens, set(range(self.num_layers)))
-
-    def _begin_quietly(self) -> None:
-        """A step of one token per row for which pages, workspace and work list are in place."""
-        self._quiet_steps -= 1
-        configure_threads(torch.get_num_threads())
-        self.kernels["advance"](*self._advance_one)
-        self._lengths = [length + 1 for length in self._lengths]
-        self._step = Step([1] * self.batch_size, self.one, set(range(self.num_layers)))
-
-    def _steps_without_host_work(self) -> int:
-        """One-token steps before a key block is due, a split is added or `max_tokens` is met."""
-        flush = min(self.cfg.R - 1 - length % self.cfg.R for length in self._lengths)
-        steps = min(flush, self.workspace.steps_until_new_splits(self._lengths))
-        if self.max_tokens is not None:
-            steps = min(steps, self.max_tokens - max(self._lengths))
-        return steps
-
-    def enter(self, index: int, n: int, lengths: Sequence[int] | Tensor | None = None) -> None:
-        """Layer `index` joins the step with `n` tokens per row; it is begun if none is open.
-
-        Raises
-        ------
-        RuntimeError
-            The layer was called already, or with other tokens than the step's.
-        """
-        if self._step is None:
-            self.begin(n, lengths)
-            return
-        if index not in self._step.todo:
-            raise RuntimeError(
-                f"layer {index} was already called in this step; still to come: "
-                f"{sorted(self._step.todo)}"
-            )
-        added = check_lengths(lengths, self.batch_size, n)
-        if added != self._step.lengths:
-            raise RuntimeError(f"this step adds {self._step.lengths} tokens per row, got {added}")
-
-    def leave(self, index: int) -> None:
-        """Layer `index` is done; the last one ends the step."""
-        if self._step is not None:
-            self._step.todo.discard(index)
-            if not self._step.todo:
-                self._step = None
-
-    def check_can_prefill(self) -> None:
-        """Raise unless every row was empty before the step."""
-        before = self._lengths_before()
-        if any(before):
-            raise RuntimeError(
-                f"`prefill` needs an empty cache, got lengths {before}; use `extend` to add tokens "
-                "or call `reset()` first"
-            )
-
-    def extension(self) -> tuple[Tensor, Workspace]:
-        """The open step's new tokens per row `int32 [B]`, and scratch for its history."""
-        assert self._step is not None
-        if self._extend_workspace is None:
-            self._extend_workspace = Workspace(
-                self.cfg, self._extend_key, 2, self.batch_size, self.device
-            )
-        if not self._step.history_is_set:
-            before, cfg = self._lengths_before(), self.cfg
-            packed = [(n, layout.packed_keys(cfg, n), layout.packed_values(cfg, n)) for n in before]
-            self.state_before[:, :3] = torch.tensor(packed, dtype=torch.int32)
-            self._extend_workspace.fit(before, torch.get_num_threads())
-            self._step.history_is_set = True
-        return self._step.added, self._extend_workspace
-
-    def _lengths_before(self) -> list[int]:
-        """Tokens per row before the open step, if there is one."""
-        if self._step is None:
-            return self._lengths
-        return [n - new for n, new in zip(self._lengths, self._step.lengths, strict=True)]
-
-    def _workspaces(self) -> list[Workspace]:
-        return [each for each in (self.workspace, self._extend_workspace) if each is not None]
-
-    def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
+    def prefill(
+        self,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         """`CacheLayer.prefill` of a cache with one layer."""
-        self._only_layer("prefill").prefill(k, v, lengths)
+        self._only_layer("prefill").prefill(k, v, lengths, rows)
 
     def decode(
         self,
@@ -293,78 +162,173 @@ class Cache:
                 f"`cache.{call}` needs num_layers=1, got {self.num_layers}; "
                 f"use `cache.layer(i).{call}`"
             )
-        return self._layers[0]
+        return self.layers[0]
+
+    def crop(self, c: int | Sequence[int] | Tensor) -> Cropped:
+        """Remove the last `c` tokens of every active row, or `c[i]` of row `i`.
+
+        Exact, even across a flush, as long as no more than `rollback` tokens are taken back from
+        the longest length since the last inexact crop. Beyond that the window is filled with
+        dequantized values, and both the result and `report()` say for how many tokens.
+
+        Returns
+        -------
+        Cropped
+            `refilled` tokens per row, and `exact`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `c` is no count, or more than a row holds; nothing has changed.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        if isinstance(c, int):
+            counts = [check_count("c", c) * active for active in self.active]
+        else:
+            counts = check_ints("c", c)
+        if len(counts) != self.batch_size:
+            raise ValueError(
+                f"`c` must have one entry per row ({self.batch_size}), got {len(counts)}"
+            )
+        bad = {
+            row: count
+            for row, (count, length) in enumerate(zip(counts, self.lengths, strict=True))
+            if not 0 <= count <= length
+        }
+        if bad:
+            raise ValueError(
+                f"`c` must be in 0..length with lengths {self.lengths}, got (row: c) {bad}"
+            )
+        return rewinding.crop(self, counts)
+
+    def enable_rollback(self, tokens: int) -> None:
+        """Let `crop` take back at least `tokens` tokens exactly, from now on.
+
+        Tokens stored before are taken back exactly only as far as full-precision data is still
+        held: the window's values, and keys that are not packed yet.
+
+        Raises
+        ------
+        ValueError
+            `tokens` is negative or no int.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        if check_count("tokens", tokens) > self.rollback:
+            rewinding.enable(self, tokens)
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Let every row `i` become a copy of row `index[i]`, as beam search asks for.
+
+        Complete pages are shared, not copied; the first row to take a sequence keeps its window.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `index` is not `batch_size` row numbers.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        chosen = check_rows("index", index, self.batch_size, distinct=False)
+        if len(chosen) != self.batch_size:
+            raise ValueError(
+                f"`index` must have one entry per row ({self.batch_size}), got {len(chosen)}"
+            )
+        rearrange(self, chosen)
+
+    def repeat(self, n: int) -> None:
+        """Hold every row `n` times, side by side: rows `[0, 0, 1, 1, ...]` for `n = 2`.
+
+        Raises
+        ------
+        ValueError
+            `n` is less than 1 or no int.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        times = check_count("n", n, least=1)
+        rearrange(self, [row for row in range(self.batch_size) for _ in range(times)])
+
+    def select(self, index: Sequence[int] | Tensor) -> None:
+        """Let row `i` be what row `index[i]` was; the batch size becomes `len(index)`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `index` is not a list of one or more row numbers.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        rearrange(self, check_rows("index", index, self.batch_size, distinct=False))
+
+    def fork(self, row: int) -> int:
+        """Copy row `row` into the lowest inactive row, or into a new last one; returns which.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `row` is not the number of an active row.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        self._check_active(row)
+        index = list(range(self.batch_size))
+        target = self.active.index(False) if not all(self.active) else self.batch_size
+        index[target : target + 1] = [row]
+        rearrange(self, index)
+        return target
+
+    def free(self, row: int) -> None:
+        """Forget row `row`: it is inactive until `prefill` or `extend` gives it tokens.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `row` is not the number of an active row.
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        self._check_active(row)
+        with self.all_or_nothing([]):
+            self.pages.release(self.rows.rows[row].slot)
+            self.rows.rows[row] = Row()
+            self.rows_changed()
+
+    def reset(self) -> None:
+        """Forget all sequences; every row is active and empty. Memory is kept for the next ones."""
+        self._step, self._quiet_steps = None, 0
+        self.pages.clear()
+        self.rows.rows = [Row(slot) for slot in range(self.batch_size)]
+        self.rows.sync()
+
+    def _check_active(self, row: int) -> None:
+        if not isinstance(row, int) or isinstance(row, bool):
+            raise TypeError(f"`row` must be an int, got {row!r}")
+        if not 0 <= row < self.batch_size or not self.active[row]:
+            rows = [i for i, active in enumerate(self.active) if active]
+            raise ValueError(f"`row` must be one of the active rows {rows}, got {row}")
 
     def reserve(self, tokens: int) -> None:
-        """Take the memory for `tokens` tokens of every sequence now.
+        """Take the memory for `tokens` tokens of every active row now.
 
         Raises
         ------
         ValueError
             `tokens` is negative or above `max_tokens`.
+        RuntimeError
+            A step is open.
         """
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ValueError(f"`tokens` must be an int of at least 0, got {tokens!r}")
+        self._check_no_step()
+        check_count("tokens", tokens)
         if self.max_tokens is not None and tokens > self.max_tokens:
             raise ValueError(f"`tokens` must be at most max_tokens={self.max_tokens}, got {tokens}")
-        packed = layout.packed_keys(self.cfg, tokens)
-        self._make_room([max(packed, self._packed_keys(row)) for row in range(self.batch_size)])
-
-    def reset(self) -> None:
-        """Forget all sequences; memory is kept for the next ones."""
-        self._lengths = [0] * self.batch_size
-        self._step = None
-        self.state.zero_()
-        self._pages.clear()
-        self._quiet_steps = 0
-
-    def _packed_keys(self, row: int) -> int:
-        return layout.packed_keys(self.cfg, self._lengths[row])
-
-    def _make_room(self, packed: list[int]) -> None:
-        """Own the pages for so many packed keys of every sequence, growing the pool if needed."""
-        missing = self._pages.missing(packed)
-        if missing:
-            capacity = self._pages.capacity
-            capacity += max(missing, capacity // GROWTH_SHARE)
-            for layer in self._layers:
-                layer.grow(capacity)
-            self._pages.grow(capacity)
-        width = max(layout.num_pages(self.cfg, tokens) for tokens in packed)
-        if width > self._pages.width:
-            # Room for more than one block ahead, so that steps rarely change the launch shapes.
-            self._pages.widen(width + width // 4)
-            for layer in self._layers:
-                layer.bind()
-        self._pages.assign(packed)
-
-
-def _check_options(
-    num_layers: int,
-    batch_size: int,
-    max_tokens: int | None,
-    device: Any,
-    rollback: int,
-    window: str,
-) -> None:
-    """Raise one error that lists every option that breaks its rule."""
-    found = []
-    counts = {"num_layers": num_layers, "batch_size": batch_size}
-    if max_tokens is not None:
-        counts["max_tokens"] = max_tokens
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            found.append(f"`{name}` must be an int of at least 1, got {count!r}")
-    if window not in WINDOWS:
-        found.append(f"`window` must be one of {list(WINDOWS)}, got {window!r}")
-    if rollback != 0:
-        found.append(
-            f"`rollback` must be 0 (taking tokens back is not built yet), got {rollback!r}"
-        )
-    try:
-        if torch.device(device).type != "cpu":
-            found.append(f"`device` must be 'cpu' (no GPU schedules yet), got {str(device)!r}")
-    except (RuntimeError, TypeError):
-        found.append(f"`device` must be a torch device, got {device!r}")
-    if found:
-        raise UserError("; ".join(found))
+        with self.all_or_nothing([]):
+            self._make_room([max(self.rows.body(tokens), n) for n in self.rows.bodies])

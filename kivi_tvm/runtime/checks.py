@@ -78,7 +78,7 @@ def check_no_overlap(name: str, x: Tensor) -> None:
 
 
 def check_lengths(lengths: object, batch_size: int, tokens: int) -> list[int]:
-    """`lengths` as a list of ints, each in `0 .. tokens`; None means `tokens` for every row.
+    """`lengths` as a list of ints, each in `0 .. tokens`.
 
     Raises
     ------
@@ -87,26 +87,68 @@ def check_lengths(lengths: object, batch_size: int, tokens: int) -> list[int]:
     ValueError
         Another count than `batch_size`, or a length out of range.
     """
-    if lengths is None:
-        return [tokens] * batch_size
-    if isinstance(lengths, Tensor):
-        if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.ndim != 1:
-            raise TypeError(
-                f"`lengths` must be a 1-D tensor of ints, got {lengths.ndim}-D {lengths.dtype}"
-            )
-        lengths = lengths.tolist()
-    if not isinstance(lengths, Sequence) or any(
-        not isinstance(n, int) or isinstance(n, bool) for n in lengths
-    ):
-        raise TypeError(f"`lengths` must be ints, one per row, got {lengths!r}")
-    if len(lengths) != batch_size:
-        raise ValueError(
-            f"`lengths` must have one entry per row ({batch_size}), got {len(lengths)}"
-        )
-    bad = {row: n for row, n in enumerate(lengths) if not 0 <= n <= tokens}
+    found = check_ints("lengths", lengths)
+    if len(found) != batch_size:
+        raise ValueError(f"`lengths` must have one entry per row ({batch_size}), got {len(found)}")
+    bad = {row: n for row, n in enumerate(found) if not 0 <= n <= tokens}
     if bad:
         raise ValueError(f"`lengths` must be in 0..{tokens}, got (row: length) {bad}")
-    return list(lengths)
+    return found
+
+
+def check_rows(name: str, rows: object, batch_size: int, distinct: bool = True) -> list[int]:
+    """`rows` as a list of row numbers in `0 .. batch_size - 1`.
+
+    Raises
+    ------
+    TypeError
+        Not a sequence or tensor of ints.
+    ValueError
+        Empty, a number out of range, or (with `distinct`) one that occurs twice.
+    """
+    found = check_ints(name, rows)
+    if not found:
+        raise ValueError(f"`{name}` must name at least one row, got {rows!r}")
+    bad = [row for row in found if not 0 <= row < batch_size]
+    if bad:
+        raise ValueError(f"`{name}` must be in 0..{batch_size - 1}, got {bad}")
+    if distinct and len(set(found)) < len(found):
+        raise ValueError(f"`{name}` must not name a row twice, got {found}")
+    return found
+
+
+def check_ints(name: str, numbers: object) -> list[int]:
+    """`numbers` as a list of ints.
+
+    Raises
+    ------
+    TypeError
+        Not a sequence or 1-D tensor of ints.
+    """
+    if isinstance(numbers, Tensor):
+        if numbers.dtype.is_floating_point or numbers.dtype == torch.bool or numbers.ndim != 1:
+            raise TypeError(
+                f"`{name}` must be a 1-D tensor of ints, got {numbers.ndim}-D {numbers.dtype}"
+            )
+        numbers = numbers.tolist()
+    if not isinstance(numbers, Sequence) or any(
+        not isinstance(n, int) or isinstance(n, bool) for n in numbers
+    ):
+        raise TypeError(f"`{name}` must be a list of ints, got {numbers!r}")
+    return list(numbers)
+
+
+def check_count(name: str, count: object, least: int = 0) -> int:
+    """`count` as an int of at least `least`.
+
+    Raises
+    ------
+    ValueError
+        It is not.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise ValueError(f"`{name}` must be an int of at least {least}, got {count!r}")
+    return count
 
 
 def span(x: Tensor) -> int:

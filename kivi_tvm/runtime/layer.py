@@ -1,4 +1,4 @@
-"""One layer of a cache: its pages and rings, and the kernels that read and write them."""
+"""One layer of a cache: attention over its pages and windows, and the kernels that fill them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from kivi_tvm import layout
 from kivi_tvm.runtime.checks import (
     INDEX_LIMIT,
     check_no_overlap,
+    check_rows,
     check_tensor,
     fits,
-    outside_inference_mode,
     span,
 )
+from kivi_tvm.runtime.memory import LayerMemory
+from kivi_tvm.runtime.rows import NO_SLOT
 
 if TYPE_CHECKING:
     from kivi_tvm.runtime.cache import Cache
     from kivi_tvm.runtime.workspace import Workspace
 
-# torch's uint32 lacks most operators on CPU: words are held as int32 and viewed at the call.
-_HELD_AS = {"uint32": torch.int32}
+
+# Windows before a step: (name, slots, copy of what they held).
+Saved = Sequence[tuple[str, list[int], Tensor]]
+NOTHING: Saved = ()
 
 
 class CacheLayer:
@@ -33,69 +37,60 @@ class CacheLayer:
     def __init__(self, cache: Cache, index: int) -> None:
         self._cache = cache
         self.index = index
-        cfg = cache.cfg
-        rings = layout.ring_buffers(cfg, cache.batch_size)
-        self._rings = {name: _empty(buffer, cache.device) for name, buffer in rings.items()}
-        self._pages: dict[str, Tensor] = {}
-        self._token_shape = (cache.batch_size, cfg.H_kv, cfg.D)
-        self._query_shape = (cache.batch_size, cfg.H, cfg.D)
-        self.grow(0)
-
-    @property
-    def packed_nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._pages.values())
-
-    @property
-    def window_nbytes(self) -> int:
-        return sum(ring.nbytes for ring in self._rings.values())
-
-    def grow(self, num_pages: int) -> None:
-        """Make every page buffer hold `num_pages` pages, one buffer at a time.
-
-        Raises
-        ------
-        ValueError
-            A buffer would have more elements than the kernels can index.
-        """
-        for name, buffer in layout.page_buffers(self._cache.cfg, num_pages).items():
-            old = self._pages.get(name)
-            new = _empty(buffer, self._cache.device)
-            if old is not None:
-                if old.shape[0] >= num_pages:
-                    continue
-                new[: old.shape[0]] = old
-            self._pages[name] = new
+        rows = cache.rows
+        self.memory = LayerMemory(
+            cache.cfg, rows.capacity, rows.rollback, cache.window, rows.sink_tokens, cache.device
+        )
         self.bind()
+
+    @property
+    def pages(self) -> dict[str, Tensor]:
+        """The page pool by `layout.page_buffers`' names."""
+        return self.memory.pages
+
+    @property
+    def windows(self) -> dict[str, Tensor]:
+        """The full-precision tokens by `layout.ring_buffers`' names, indexed by slot."""
+        return self.memory.windows
 
     def bind(self) -> None:
         """Collect the leading arguments of every kernel; after any buffer was replaced."""
-        cache = self._cache
-        words = {
-            name: buffer.view(torch.uint32) if name.endswith("code") else buffer
-            for name, buffer in self._pages.items()
-        }
-        keys = (words["k_code"], words["k_scale"], words["k_zero"])
-        values = (words["v_code"], words["v_scale"], words["v_zero"])
-        rings = (self._rings["k_ring"], self._rings["v_ring"])
-        tables = (cache.page_table, cache.state, cache.slots)
+        cache, memory, rows = self._cache, self.memory, self._cache.rows
+        B = len(rows)
+        self._token_shape = (B, cache.cfg.H_kv, cache.cfg.D)
+        self._query_shape = (B, cache.cfg.H, cache.cfg.D)
+        keys, values = memory.pool("k"), memory.pool("v")
+        k_ring, v_ring, k_exact = memory.rings(rows.capacity)
+        tables = (cache.pages.table[: rows.capacity], rows.state)
         self._key_args = (*keys, *tables)
         self._value_args = (*values, *tables)
-        self._fill_args = (*keys, *rings, *tables)
+        self._fill_args = (*keys, k_ring, v_ring, *tables)
+        self._fill_exact_args = (*keys, k_exact, v_ring, *tables) if k_exact.numel() else None
         # The hot path's are converted once: ten torch tensors cost 1.2 us in every call.
-        self._append_args = _frozen(*keys, *values, *rings, *tables)
-        self._one = tvm_ffi.from_dlpack(cache.one)
-        self._attend_args = _frozen(*keys, *values, *tables)
-        self._window_args = _frozen(*rings, cache.state, cache.slots)
-        self._row_args = _frozen(cache.state, cache.slots)
+        self._append_args = _frozen(*keys, *values, k_ring, v_ring, k_exact, *tables)
+        self._attend_args = _frozen(*keys, *values, *tables, rows.slots)
+        self._window_args = _frozen(k_ring, v_ring, rows.state, rows.slots)
+        self._row_args = _frozen(rows.state, rows.slots)
         # `extend` reads the history as it was before the step
-        history = _frozen(cache.state_before, cache.slots)
+        history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
         self._extend_window_args = (*self._window_args[:2], *history)
         self._extend_row_args = history
+        self._sink_args: tuple[Any, ...] = ()
+        if rows.sink_tokens:
+            sinks = [memory.windows[name][: rows.capacity] for name in ("k_sink", "v_sink")]
+            self._sink_args = _frozen(*sinks, rows.sink_state, rows.slots)
+            self._extend_sink_args = _frozen(*sinks, rows.sink_state_before, rows.slots)
         self._lse = tvm_ffi.from_dlpack(cache.lse)
 
-    def prefill(self, k: Tensor, v: Tensor, lengths: Sequence[int] | Tensor | None = None) -> None:
-        """Store a prompt in an empty cache; attention over it is the caller's, exact.
+    def prefill(
+        self,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Store prompts in empty rows; attention over them is the caller's, exact.
 
         Parameters
         ----------
@@ -103,38 +98,73 @@ class CacheLayer:
             `[B, H_kv, T, D]` in the model dtype, keys after RoPE, inner stride 1. Row `i`'s
             tokens are the first `lengths[i]` ones: padding on the right, never stored.
         lengths : sequence of int or Tensor, optional
-            `[B]`, each in `0 .. T`; default `T`.
+            `[B]`, each in `0 .. T`; default `T` for active rows, or for all if none is active.
+            Rows that get no tokens may hold a sequence, which stays as it is.
+        rows : sequence of int, optional
+            The rows of the cache that `k`, `v` and `lengths` are about, in that order; each gets
+            `T` tokens by default, inactive ones become active. Default: all.
 
         Raises
         ------
         TypeError, ValueError
             A tensor or length breaks a rule; nothing has changed.
         RuntimeError
-            The cache is not empty, or the layer was already called in this step.
+            A row that gets tokens is not empty, or the layer was already called in this step.
 
         Source: paper Algorithm 1, prefill: keys `[0, T - T mod R)` and values `[0, T - R)`.
         """
         cache = self._cache
         B, H_kv, D = self._token_shape
+        chosen = None if rows is None else check_rows("rows", rows, B)
+        B = B if chosen is None else len(chosen)
         check_tensor("k", k, (B, H_kv, None, D), cache.dtype, cache.device)
         check_tensor("v", v, (B, H_kv, k.shape[2], D), cache.dtype, cache.device)
         if max(span(k[:1]), span(v[:1])) >= INDEX_LIMIT:
             raise ValueError(
                 f"one row of `k` or `v` must span less than 2^31 elements, got {k.shape}"
             )
-        cache.check_can_prefill()
-        cache.enter(self.index, k.shape[2], lengths)
-        if k.shape[2]:
-            whole = max(span(k), span(v)) < INDEX_LIMIT
-            for rows in [slice(None)] if whole else [slice(b, b + 1) for b in range(B)]:
-                self._store_prompt(k[rows], v[rows], cache.slots[rows])
+        added = cache.new_tokens(k.shape[2], lengths, chosen)
+        cache.check_can_prefill(added)
+        began = cache.enter(self.index, k.shape[2], added)
+        try:
+            self._store_prompts(k, v, list(range(B)) if chosen is None else chosen)
+        except BaseException:
+            cache.abandon(began)
+            raise
         cache.leave(self.index)
 
-    def _store_prompt(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    def _store_prompts(self, k: Tensor, v: Tensor, rows: list[int]) -> None:
+        """Store `k, v [len(rows), H_kv, T, D]` of the open step: first the sinks, then the body."""
+        step, held = self._cache.step, self._cache.rows
+        if held.sink_tokens:
+            self._store_sinks(k, v, rows)
+            k, v = (x[:, :, held.sink_tokens :] for x in (k, v))
+        if k.shape[2] == 0:
+            return
+        used = [held.rows[i].slot if step.lengths[i] else NO_SLOT for i in rows]
+        slots = held.tensor(used)
+        whole = max(span(k), span(v)) < INDEX_LIMIT
+        for part in [slice(None)] if whole else [slice(b, b + 1) for b in range(len(rows))]:
+            self._store_bodies(k[part], v[part], slots[part])
+
+    def _store_bodies(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         kernels = self._cache.kernels
-        kernels["quantize_key"](*self._key_args[:-1], slots, k)
-        kernels["quantize_value"](*self._value_args[:-1], slots, v)
-        kernels["fill_window"](*self._fill_args[:-1], slots, k, v, self._cache.write_back)
+        kernels["quantize_key"](*self._key_args, slots, k)
+        kernels["quantize_value"](*self._value_args, slots, v)
+        kernels["fill_window"](*self._fill_args, slots, k, v, self._cache.write_back)
+        if self._fill_exact_args:
+            kernels["fill_window"](*self._fill_exact_args, slots, k, v, 0)
+
+    def _store_sinks(self, k: Tensor, v: Tensor, rows: Sequence[int]) -> None:
+        """Store the tokens of `k, v [len(rows), H_kv, n, D]` that the open step makes sinks."""
+        windows, held = self.windows, self._cache.rows
+        for i, row in enumerate(rows):
+            count = self._cache.step.to_sinks[row] if self._cache.step.to_sinks else 0
+            if count:
+                slot = held.rows[row].slot
+                first = held.rows[row].length - self._cache.step.lengths[row]
+                windows["k_sink"][slot, :, first : first + count] = k[i, :, :count]
+                windows["v_sink"][slot, :, first : first + count] = v[i, :, :count]
 
     def decode(
         self,
@@ -145,7 +175,9 @@ class CacheLayer:
         return_lse: bool = False,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Append one token per row, quantize what is due, and attend to everything stored.
+        """Append one token per active row, quantize what is due, attend to everything stored.
+
+        Inactive rows' inputs are not read; their output is 0 and their log-sum-exp -inf.
 
         Parameters
         ----------
@@ -180,26 +212,53 @@ class CacheLayer:
         self._check_decode(q, k_new, v_new, out)
         cache = self._cache
         scale = cache.cfg.D**-0.5 if scale is None else float(scale)
-        cache.enter(self.index, 1)
-        if out is None:
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty_like(cache.lse) if return_lse else self._lse
-        kernels, space = cache.kernels, cache.workspace
-        parts, work = space.parts, space.work
-        kernels["append"](
-            *self._append_args,
-            self._one,
-            k_new.unsqueeze(2),
-            v_new.unsqueeze(2),
-            cache.cfg.R,
-            cache.write_back,
-        )
-        if work is not None:
-            kernels["attend"](*self._attend_args, work, q, scale, *parts)
-        kernels["attend_window"](*self._window_args, q, scale, *parts)
-        kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
+        began, saved = cache.enter(self.index, 1), NOTHING
+        try:
+            if out is None:
+                out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            if cache.step.flushed:
+                saved = self._save_windows()
+            self._append(k_new.unsqueeze(2), v_new.unsqueeze(2))
+            kernels, space = cache.kernels, cache.workspace
+            parts, work = space.parts, space.work
+            if work is not None:
+                kernels["attend"](*self._attend_args, work, q, scale, *parts)
+            kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
+            if self._sink_args:
+                kernels["attend_window"](*self._sink_args, q, scale, 2, *parts)
+            kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
+        except BaseException:
+            self._put_windows(saved)
+            cache.abandon(began)
+            raise
         cache.leave(self.index)
         return (out, lse) if return_lse else out
+
+    def _save_windows(self) -> Saved:
+        """Copies of all that the open step overwrites of what rows held before it.
+
+        Other writes lie outside of that: pages beyond the packed tokens, and a ring's spare slots.
+        """
+        step, rings = self._cache.step, [x for x in self.windows if not x.endswith("sink")]
+        saved = [(name, step.flushed, self.windows[name][step.flushed]) for name in rings[:1]]
+        if step.overrun:
+            saved += [(name, step.overrun, self.windows[name][step.overrun]) for name in rings]
+        return saved
+
+    def _put_windows(self, saved: Saved) -> None:
+        for name, slots, copy in saved:
+            self.windows[name][slots] = copy
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        """Store the open step's `k, v [B, H_kv, n, D]`."""
+        cache, step = self._cache, self._cache.step
+        if step.to_sinks:
+            self._store_sinks(k, v, range(k.shape[0]))
+            k, v = (_shifted(x, step.to_sinks) for x in (k, v))
+        cache.kernels["append"](
+            *self._append_args, step.slots, step.added, k, v, cache.cfg.R, cache.write_back
+        )
 
     def extend(
         self,
@@ -224,8 +283,9 @@ class CacheLayer:
         k, v : Tensor
             `[B, H_kv, n, D]`, the new keys (after RoPE) and values.
         lengths : sequence of int or Tensor, optional
-            `[B]`, new tokens of each row, in `0 .. n`; default `n`. Outputs of the queries beyond
-            are finite but mean nothing.
+            `[B]`, new tokens of each row, in `0 .. n`; default `n` for active rows, or for all if
+            none is active. An inactive row that gets tokens becomes active. Outputs of the queries
+            beyond are finite but mean nothing.
         scale : float, optional
             Multiplies the scores; default `D ** -0.5`.
 
@@ -250,14 +310,21 @@ class CacheLayer:
         if max(map(span, (q, k, v))) >= INDEX_LIMIT:
             raise ValueError(f"`q`, `k` and `v` must span less than 2^31 elements, got {q.shape}")
         scale = D**-0.5 if scale is None else float(scale)
-        cache.enter(self.index, n, lengths)
         out = torch.empty(B, H, n, D, dtype=cache.dtype, device=cache.device)
-        if n:
-            added, space = cache.extension()
-            for first in range(0, n, space.rows):
-                rows = slice(first, first + space.rows)
-                self._extend_pass(q[:, :, rows], k, v, first, scale, added, space, out[:, :, rows])
-            cache.kernels["append"](*self._append_args, added, k, v, cache.cfg.R, cache.write_back)
+        began, saved = cache.enter(self.index, n, cache.new_tokens(n, lengths)), NOTHING
+        try:
+            if n:
+                added, space = cache.extension()
+                for first in range(0, n, space.rows):
+                    part = slice(first, first + space.rows)
+                    into = out[:, :, part]
+                    self._extend_pass(q[:, :, part], k, v, first, scale, added, space, into)
+                saved = self._save_windows()
+                self._append(k, v)
+        except BaseException:
+            self._put_windows(saved)
+            cache.abandon(began)
+            raise
         cache.leave(self.index)
         return out
 
@@ -281,8 +348,11 @@ class CacheLayer:
         lse = torch.empty(padded.shape[:2], device=q.device)
         if space.work is not None:
             kernels["extend_attend"](*self._extend_attend_args, space.work, padded, scale, *parts)
-        kernels["extend_window"](*self._extend_window_args, padded, scale, *parts)
-        kernels["extend_new"](self._cache.slots, added, k, v, padded, first, scale, *parts)
+        kernels["extend_window"](*self._extend_window_args, padded, scale, 1, *parts)
+        if self._sink_args:
+            kernels["extend_window"](*self._extend_sink_args, padded, scale, 3, *parts)
+        slots = self._cache.rows.slots
+        kernels["extend_new"](slots, added, k, v, padded, first, scale, *parts)
         kernels["combine"](*self._extend_row_args, space.split, space.tail, *parts, result, lse)
         out.copy_(result.view(B, H, space.rows, D)[:, :, :used])
 
@@ -300,41 +370,70 @@ class CacheLayer:
             check_no_overlap("out", out)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """What attention sees, dense: dequantized tokens, then the window.
+        """What attention sees, dense: sinks, dequantized tokens, then the window.
 
         Returns
         -------
         k, v : Tensor
             `[B, H_kv, L, D]` in the model dtype, `L` the longest row; shorter rows end in zeros.
         """
-        cache = self._cache
-        lengths = cache.lengths
+        cache, held, windows = self._cache, self._cache.rows, self.windows
         B, H_kv, D = self._token_shape
-        k = torch.zeros(B, H_kv, max(lengths), D, dtype=cache.dtype, device=cache.device)
+        bodies = held.bodies
+        k = torch.zeros(B, H_kv, max(bodies), D, dtype=cache.dtype, device=cache.device)
         v = torch.zeros_like(k)
-        if max(lengths):
-            cache.kernels["dequantize_key"](*self._key_args, k)
-            cache.kernels["dequantize_value"](*self._value_args, v)
-        for row, length in enumerate(lengths):
+        if max(bodies):
+            cache.kernels["dequantize_key"](*self._key_args, held.slots, k)
+            cache.kernels["dequantize_value"](*self._value_args, held.slots, v)
+        for i, (row, length) in enumerate(zip(held.rows, bodies, strict=True)):
             window = torch.arange(layout.packed_values(cache.cfg, length), length)
-            for dense, ring in ((k, self._rings["k_ring"]), (v, self._rings["v_ring"])):
-                dense[row, :, window] = ring[row, :, window % ring.shape[2]]
+            for dense, name in ((k, "k_ring"), (v, "v_ring")):
+                ring = windows[name]
+                dense[i, :, window] = ring[row.slot][:, window % ring.shape[2]]
+        if held.sink_tokens:
+            k, v = (
+                self._with_sinks(x, windows[name]) for x, name in ((k, "k_sink"), (v, "v_sink"))
+            )
         return k, v
+
+    def _with_sinks(self, body: Tensor, sinks: Tensor) -> Tensor:
+        """`body [B, H_kv, T, D]` behind every row's sinks; shorter rows end in zeros."""
+        held = self._cache.rows
+        longest = max(held.lengths)
+        out = body.new_zeros(*body.shape[:2], longest, body.shape[3])
+        first = min(held.sink_tokens, longest)
+        out[:, :, first:] = body[:, :, : longest - first]
+        for i, row in enumerate(held.rows):
+            count = row.length - held.body(row.length)
+            out[i, :, :count] = sinks[row.slot, :, :count]
+        return out
+
+    def dequantize_tokens(self, slot: int, tokens: range) -> tuple[Tensor, Tensor]:
+        """Packed body tokens of the sequence in `slot`, `[H_kv, n, D]` in the model dtype."""
+        cache, P = self._cache, self._cache.cfg.P
+        first, stop = tokens.start // P, -(-tokens.stop // P)
+        pages = cache.pages.owned(slot)[first:stop]
+        count = len(pages) * P
+        lines: tuple[list[list[int]], ...] = ([list(pages)], [[count] * 4])
+        table, state = map(cache.rows.tensor, lines)
+        only = cache.rows.tensor([0])
+        shape = (1, cache.cfg.H_kv, count, cache.cfg.D)
+        k = torch.empty(shape, dtype=cache.dtype, device=cache.device)
+        v = torch.empty_like(k)
+        cache.kernels["dequantize_key"](*self.memory.pool("k"), table, state, only, k)
+        cache.kernels["dequantize_value"](*self.memory.pool("v"), table, state, only, v)
+        inside = slice(tokens.start - first * P, tokens.stop - first * P)
+        return k[0, :, inside], v[0, :, inside]
+
+
+def _shifted(x: Tensor, counts: list[int]) -> Tensor:
+    """`x [B, H_kv, n, D]` with the first `counts[i]` tokens of row `i` moved out of the way."""
+    n = x.shape[2]
+    first = torch.tensor(counts, device=x.device)[:, None]
+    index = (torch.arange(n, device=x.device) + first).clamp(max=n - 1)
+    return x.gather(2, index[:, None, :, None].expand(x.shape))
 
 
 def _frozen(*tensors: Tensor) -> tuple[Any, ...]:
     """The tensors as kernels take them; they share and keep alive the memory."""
     return tuple(map(tvm_ffi.from_dlpack, tensors))
-
-
-@outside_inference_mode
-def _empty(buffer: layout.Buffer, device: torch.device) -> Tensor:
-    """Uninitialized memory for a buffer; kernels never read what was not written."""
-    dtype = _HELD_AS.get(buffer.dtype) or getattr(torch, buffer.dtype)
-    found = torch.empty(buffer.shape, dtype=dtype, device=device)
-    if found.numel() >= INDEX_LIMIT:
-        raise ValueError(
-            f"a page buffer must have less than 2^31 elements, got {buffer.shape}; "
-            "use fewer sequences or several caches"
-        )
-    return found

@@ -18,6 +18,7 @@ from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
 from kivi_tvm.runtime.cache import Cache
 from kivi_tvm.runtime.library import Library, open_library, set_thread_defaults
+from kivi_tvm.runtime.options import CacheOptions
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -90,33 +91,41 @@ class Module:
         device: Device = "cpu",
         rollback: int = 0,
         window: str = "kivi",
+        sink_tokens: int = 0,
     ) -> Cache:
         """An empty cache.
 
         Parameters
         ----------
         num_layers : int
-            Layers that share page table and lengths. With 1, `prefill`, `decode` and
+            Layers that share page table and lengths. With 1, `prefill`, `decode`, `extend` and
             `dequantize` may be called on the cache itself.
         batch_size : int
-            Sequences.
+            Rows, each of which holds one sequence.
         max_tokens : int or None
             Tokens per sequence beyond which a step raises; None: limited by memory alone.
             Memory grows with what is stored; `Cache.reserve` takes it at once.
         device : str or torch.device
             "cpu".
         rollback : int
-            Tokens that can be taken back exactly; only 0 is supported yet.
+            Tokens `E` that `Cache.crop` takes back exactly, even across a flush. Costs `E` slots in
+            every ring, and with `window="kivi"` a second ring of keys.
         window : str
             "kivi" (a flushed key block is seen dequantized at once, Algorithm 1) or "exact" (its
             keys stay exact until their values leave the window).
+        sink_tokens : int
+            First tokens of every row that stay in full precision for good; the others are a KIVI
+            cache of their own.
 
         Raises
         ------
         ValueError
             An argument breaks its rule; the message lists every one that does.
         """
-        return Cache(self, num_layers, batch_size, max_tokens, device, rollback, window)
+        return Cache(
+            self,
+            CacheOptions(num_layers, batch_size, max_tokens, device, rollback, window, sink_tokens),
+        )
 
 
 def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") -> Module:

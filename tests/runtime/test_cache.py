@@ -15,6 +15,7 @@ from inputs import draw
 from pools import assert_same_bits
 
 from kivi_tvm import layout
+from kivi_tvm.runtime.memory import LayerMemory
 
 LAYERS = 3
 
@@ -114,25 +115,26 @@ def test_growth_replaces_one_layer_at_a_time(monkeypatch):
     cfg = FEW[0]
     cache = new_cache(cfg, num_layers=4)
     cache.reserve(1000)
-    held = [sum(x.nbytes for x in cache.layer(i)._pages.values()) for i in range(4)]
+    held = [sum(x.nbytes for x in cache.layer(i).pages.values()) for i in range(4)]
     order = []
-    plain = type(cache.layer(0)).grow
+    plain = LayerMemory.grow_pages
 
-    def grow(layer, num_pages):
-        order.append(layer.index)
+    def grow(memory, num_pages):
+        index = [layer.memory for layer in cache.layers].index(memory)
+        order.append(index)
         storages = {
-            i: {x.untyped_storage().data_ptr() for x in cache.layer(i)._pages.values()}
+            i: {x.untyped_storage().data_ptr() for x in cache.layer(i).pages.values()}
             for i in range(4)
         }
-        plain(layer, num_pages)
+        plain(memory, num_pages)
         for i in range(4):
-            now = {x.untyped_storage().data_ptr() for x in cache.layer(i)._pages.values()}
-            assert (now == storages[i]) == (i != layer.index)
+            now = {x.untyped_storage().data_ptr() for x in cache.layer(i).pages.values()}
+            assert (now == storages[i]) == (i != index)
 
-    monkeypatch.setattr(type(cache.layer(0)), "grow", grow)
+    monkeypatch.setattr(LayerMemory, "grow_pages", grow)
     cache.reserve(4000)
     assert order == [0, 1, 2, 3]
-    assert cache.layer(0).packed_nbytes > 3 * held[0]
+    assert cache.layer(0).memory.packed_nbytes > 3 * held[0]
 
 
 @pytest.mark.parametrize("cfg", FEW, ids=config_id)

@@ -1,4 +1,4 @@
-"""Pages belong to one sequence at a time, and those owned are in the table."""
+"""Pages that are written belong to one sequence, and those owned are in the table."""
 
 import torch
 from hypothesis import given
@@ -13,11 +13,12 @@ SLOTS = 3
 COUNTS = st.lists(st.integers(0, 700), min_size=SLOTS, max_size=SLOTS)
 
 
-def make_room(table, tokens):
+def make_room(table, counts):
+    tokens = dict(enumerate(counts))
     missing = table.missing(tokens)
     if missing:
         table.grow(table.capacity + missing)
-    table.widen(max(num_pages(CFG, n) for n in tokens))
+    table.reshape(SLOTS, max(table.width, *(num_pages(CFG, n) for n in counts)))
     table.assign(tokens)
 
 
@@ -37,7 +38,7 @@ def test_every_page_once(requests):
         named = table.table[table.table >= 0].tolist()
         assert len(set(named)) == len(named) <= table.capacity
         assert max(named, default=-1) < table.capacity
-        assert table.missing(tokens) == 0
+        assert table.missing(dict(enumerate(tokens))) == 0
 
 
 @given(COUNTS, COUNTS)
@@ -48,7 +49,7 @@ def test_clear_gives_all_pages_back(first, second):
     table.clear()
     assert (table.table == NO_PAGE).all() and table.capacity == capacity
     needed = sum(num_pages(CFG, n) for n in second)
-    assert table.missing(second) == max(0, needed - capacity)
+    assert table.missing(dict(enumerate(second))) == max(0, needed - capacity)
     make_room(table, second)
 
 

@@ -62,8 +62,8 @@ def test_permuted_pages(cfg):
 
     def shuffle(cache):
         cache.reserve(900 + cfg.R + 2)
-        cache._pages.clear()
-        random.Random(0).shuffle(cache._pages._free)
+        cache.pages.clear()
+        random.Random(0).shuffle(cache.pages._free)
 
     plain, permuted = run(cfg, inputs, [0, 1]), run(cfg, inputs, [0, 1], prepare=shuffle)
     assert not torch.equal(plain[0].page_table[:, :3], permuted[0].page_table[:, :3])
