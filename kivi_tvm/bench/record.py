@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -15,6 +17,12 @@ from kivi_tvm.cpu import cpu_name
 from kivi_tvm.host import installed_version
 
 PACKAGES = ("kivi-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+
+
+class PlainData(Protocol):
+    """What can be written as one JSON object."""
+
+    def to_dict(self) -> dict[str, object]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ class Record:
         return fields | asdict(self.environment) | {"passed": self.passed}
 
 
-def append_jsonl(path: Path, records: list[Record]) -> None:
+def append_jsonl(path: Path, records: Sequence[PlainData]) -> None:
     """Add one line per record to the file at `path`."""
     with path.open("a", encoding="utf-8") as file:
         for record in records:

@@ -1,4 +1,4 @@
-"""`kivi-tvm bench`: attention against torch, and what a call costs besides its kernels."""
+"""`kivi-tvm bench`: attention against torch, call overhead, and operations on a cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kivi_tvm.cli import COMMANDS
 from kivi_tvm.errors import UserError
 
 if TYPE_CHECKING:
+    from kivi_tvm.bench.cache import CacheRecord
     from kivi_tvm.bench.record import Record
     from kivi_tvm.workloads import Workload
 
@@ -24,8 +25,10 @@ def add_parser(subparsers: Any) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     attention = benchmarks.add_parser("attention", help="decode attention against torch's ways")
     overhead = benchmarks.add_parser("overhead", help="cost of a decode call besides its kernels")
+    cache = benchmarks.add_parser("cache", help="bytes and time of every operation on a cache")
     _add_attention_options(attention)
-    for each in (attention, overhead):
+    _add_cache_options(cache)
+    for each in (attention, overhead, cache):
         each.add_argument("--model", default="llama3-8b", help="geometry (default: %(default)s)")
         each.add_argument("--bits", type=int, default=2, help="bits per code (default: 2)")
         each.add_argument("--group-size", type=int, default=32, help="default: 32")
@@ -55,6 +58,16 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, help="write a plot to this file (needs matplotlib)")
 
 
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[512, 4096, 32768], help="default: 512 4096 32768"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="default: 4")
+    parser.add_argument("--rollback", type=int, help="default: the residual length")
+    parser.add_argument("--output", type=Path, help="append the records to this JSONL file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 if a result is wrong or the overhead above its limit."""
     import torch
@@ -66,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        return {"attention": _attention, "overhead": _overhead}[args.benchmark](args)
+        return _BENCHMARKS[args.benchmark](args)
     finally:
         torch.set_num_threads(threads)
 
@@ -128,3 +141,38 @@ def _overhead(args: argparse.Namespace) -> int:
     else:
         report.print_overhead(result)
     return 0 if result.passed else CHECK_FAILED
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from kivi_tvm.bench import cache, record, report
+
+    base = _changed(_workload(args), {"batch_size": args.batch_size})
+    workloads = [_changed(base, {"tokens": tokens}) for tokens in args.tokens]
+    records: list[CacheRecord] = []
+    for workload in workloads:
+        found = cache.run(workload, args.rollback, args.rounds, args.target)
+        if not args.json:
+            report.print_cache(found)
+        records += found
+    if args.output:
+        record.append_jsonl(args.output, records)
+    if args.markdown:
+        report.write_cache(args.markdown, records, _command(args))
+    if args.json:
+        plain = [each.to_dict() for each in records]
+        print(json.dumps({"benchmark": "cache", "records": plain}))
+    return 0 if all(each.passed for each in records) else CHECK_FAILED
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that gives the same tables."""
+    own = ("command", "benchmark", "output", "markdown", "json")
+    words = ["kivi-tvm", "bench", args.benchmark]
+    for name, value in vars(args).items():
+        if name not in own and value is not None:
+            words.append(f"--{name.replace('_', '-')}")
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return " ".join(words)
+
+
+_BENCHMARKS = {"attention": _attention, "overhead": _overhead, "cache": _cache}
