@@ -35,9 +35,12 @@ def test_command_table_is_the_command_line():
 
 
 def test_cache_example_runs(tmp_path):
-    command = [sys.executable, "-c", example("new_cache(batch_size=1")]
-    shown = subprocess.check_output(command, cwd=tmp_path, text=True)
-    assert shown.startswith("[501] ")
+    program = example("new_cache(batch_size=1") + example("new_cache(batch_size=2")
+    program += "print(out.shape, row, cache.lengths)"
+    command = [sys.executable, "-c", program]
+    shown = subprocess.check_output(command, cwd=tmp_path, text=True).splitlines()
+    assert shown[0].startswith("[501] ")
+    assert shown[1] == "torch.Size([2, 32, 8, 128]) 2 [503, 500, 503]"
     assert (tmp_path / "kivi.so").exists()
 
 

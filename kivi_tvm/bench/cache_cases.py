@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,16 @@ class Setup:
         """
         import kivi_tvm
 
-        shortest = w.residual_length + rollback
-        if w.batch_size < 2 or w.lengths is not None or w.tokens < shortest:
-            raise UserError(
-                f"`tokens` must be at least {shortest} (window and rollback), `batch_size` at "
-                f"least 2 and `lengths` None, got {w.tokens}, {w.batch_size} and {w.lengths}"
-            )
+        least = {
+            "rollback": (EXTEND, rollback),
+            "tokens": (w.residual_length + rollback, w.tokens),
+            "batch_size": (2, w.batch_size),
+        }
+        for name, (bound, got) in least.items():
+            if got < bound:
+                raise UserError(f"`{name}` must be at least {bound} here, got {got}")
+        if w.lengths is not None:
+            raise UserError(f"`lengths` must be None here, got {w.lengths}")
         inputs = make_inputs(replace(w, tokens=w.tokens + w.residual_length // 2), EXTEND)
         module = kivi_tvm.build(w.cfg, target=target)
         base = module.new_cache(batch_size=w.batch_size, rollback=rollback)
@@ -68,13 +74,28 @@ class Setup:
         k, v = (x.movedim(0, 2) for x in (self.inputs.k_new, self.inputs.v_new))
         return k.contiguous(), v.contiguous()
 
+    @property
+    def queries(self) -> Tensor:
+        """The queries of `extend`, `[B, H, 8, D]`."""
+        return self.inputs.q.movedim(0, 2).contiguous()
+
     def dense_and(self, n: int) -> Pair:
         """What the cache shows, then the first `n` tokens of `extend`."""
         pairs = zip(self.dense, self.new, strict=True)
         k, v = (torch.cat([x, new[:, :, :n]], 2) for x, new in pairs)
         return k, v
 
+    def warm(self) -> Cache:
+        """A copy that has taken tokens and given them back: its scratch memory is in place."""
+        cache = self.base.copy()
+        cache.extend(self.queries, *self.new)
+        cache.crop(EXTEND)
+        cache.decode(self.inputs.q[0], self.inputs.k_new[0], self.inputs.v_new[0])
+        cache.crop(1)
+        return cache
+
     def empty(self) -> Cache:
+        """A cache of the same kind without tokens."""
         return self.module.new_cache(batch_size=self.base.batch_size, rollback=self.rollback)
 
 
@@ -82,7 +103,7 @@ def crops(setup: Setup) -> dict[str, int]:
     """Tokens that the crops take: fewer than are unpacked, more than those, more than rollback."""
     window = setup.base.cfg.R
     across = window // 2 + EXTEND
-    found = {f"crop({EXTEND}), within the window": EXTEND}
+    found = {f"crop({EXTEND}), one window": EXTEND}
     if across <= setup.rollback:
         found[f"crop({across}), across a flush"] = across
     beyond = setup.rollback + window
@@ -101,65 +122,75 @@ def arrangements(setup: Setup) -> dict[str, tuple[str, list[int]]]:
 
 def ours(setup: Setup) -> Iterator[Case]:
     """Every operation on our cache."""
-    base, inputs = setup.base, setup.inputs
-    k, v = setup.new
-    q = inputs.q.movedim(0, 2).contiguous()
+    yield from _with_tokens(setup)
+    for name, count in crops(setup).items():
+        right = partial(_is_cropped, setup, count)
+        yield _case(setup.base.copy, name, methodcaller("crop", count), right)
+    for name, (method, index) in arrangements(setup).items():
+        right = partial(_has_rows, setup, index)
+        yield _case(setup.base.copy, name, methodcaller(method, index), right)
+    yield from _with_copies(setup)
 
-    def case(
-        operation: str,
-        call: Callable[[Cache], Any],
-        check: Callable[[Cache, Any], bool],
-        prepare: Callable[[], Cache] = base.copy,
-    ) -> Case:
-        before = bytes_in_use(prepare())
-        return Case(
-            operation, OURS, prepare, call, check, lambda cache, _: bytes_in_use(cache) - before
-        )
 
-    def shows(expected: Callable[[], Pair]) -> Callable[[Cache, Any], bool]:
-        return lambda cache, _: same(cache.dequantize(), expected())
+def _case(
+    prepare: Callable[[], Cache],
+    operation: str,
+    call: Callable[[Cache], Any],
+    right: Callable[[Cache, Any], bool],
+) -> Case:
+    """An operation that changes the cache it is called on."""
+    before = bytes_in_use(prepare())
+    return Case(
+        operation, OURS, prepare, call, right, lambda cache, _: bytes_in_use(cache) - before
+    )
 
-    def rows(index: list[int]) -> Callable[[Cache, Any], bool]:
-        return shows(lambda: (setup.dense[0][index], setup.dense[1][index]))
 
-    yield case(
-        "prefill",
-        lambda c: c.prefill(inputs.k, inputs.v),
-        lambda c, _: _is_reference(c, inputs),
+def _with_tokens(setup: Setup) -> Iterator[Case]:
+    """Tokens come in; attention is part of it."""
+    inputs, new = setup.inputs, setup.queries
+    token = inputs.q[0], inputs.k_new[0], inputs.v_new[0]
+    yield _case(
         setup.empty,
+        "prefill",
+        methodcaller("prefill", inputs.k, inputs.v),
+        lambda cache, _: _is_reference(cache, inputs),
     )
-    yield case(
+    yield _case(
+        setup.warm,
         "decode",
-        lambda c: c.decode(inputs.q[0], inputs.k_new[0], inputs.v_new[0]),
-        lambda c, out: _attends(out, inputs.q[0], c.dequantize()),
+        methodcaller("decode", *token),
+        lambda cache, out: _attends(out, token[0], cache.dequantize()),
     )
-    yield case(
+    yield _case(
+        setup.warm,
         f"extend({EXTEND})",
-        lambda c: c.extend(q, k, v),
-        lambda c, out: all(
-            _attends(out[:, :, i], q[:, :, i], setup.dense_and(i + 1)) for i in (0, EXTEND - 1)
+        methodcaller("extend", new, *setup.new),
+        lambda _, out: all(
+            _attends(out[:, :, i], new[:, :, i], setup.dense_and(i + 1)) for i in (0, EXTEND - 1)
         ),
     )
-    for name, count in crops(setup).items():
-        yield case(
-            name, lambda c, n=count: c.crop(n), lambda c, done, n=count: _cropped(setup, c, done, n)
-        )
-    for name, (method, index) in arrangements(setup).items():
-        yield case(name, lambda c, m=method, i=index: getattr(c, m)(i), rows(index))
-    first = base.copy()
-    first.select([0])
-    yield case(f"repeat({COPIES})", lambda c: c.repeat(COPIES), rows([0] * COPIES), first.copy)
-    yield case("fork", lambda c: c.fork(0), rows([*range(base.batch_size), 0]))
-    others = list(range(1, base.batch_size))
-    yield case(
+
+
+def _with_copies(setup: Setup) -> Iterator[Case]:
+    """Rows copied or freed, and the whole cache in memory and on disk."""
+    base, B = setup.base, setup.base.batch_size
+    one = base.copy()
+    one.select([0])
+    right = partial(_has_rows, setup, [0] * COPIES)
+    yield _case(one.copy, f"repeat({COPIES})", methodcaller("repeat", COPIES), right)
+    right = partial(_has_rows, setup, [*range(B), 0])
+    yield _case(base.copy, "fork", methodcaller("fork", 0), right)
+    others = list(range(1, B))
+    yield _case(
+        base.copy,
         "free",
-        lambda c: c.free(0),
+        methodcaller("free", 0),
         lambda c, _: same([x[others] for x in c.dequantize()], [x[others] for x in setup.dense]),
     )
-    yield from _ours_copied(setup)
+    yield from _of_wholes(setup)
 
 
-def _ours_copied(setup: Setup) -> Iterator[Case]:
+def _of_wholes(setup: Setup) -> Iterator[Case]:
     """Copies in memory and on disk: the result is another cache."""
     saved, written = setup.scratch / "base.safetensors", setup.scratch / "written.safetensors"
 
@@ -185,7 +216,7 @@ def _ours_copied(setup: Setup) -> Iterator[Case]:
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Whether both have the same tensors, element by element."""
-    return all(map(torch.equal, one, other))
+    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 def _attends(out: Tensor, q: Tensor, dense: Pair) -> bool:
@@ -208,7 +239,12 @@ def _is_reference(cache: Cache, inputs: Inputs) -> bool:
     )
 
 
-def _cropped(setup: Setup, cache: Cache, done: Cropped, count: int) -> bool:
+def _has_rows(setup: Setup, index: list[int], cache: Cache, _: Any) -> bool:
+    """Whether row `i` shows what row `index[i]` of the base does."""
+    return same(cache.dequantize(), [x[index] for x in setup.dense])
+
+
+def _is_cropped(setup: Setup, count: int, cache: Cache, done: Cropped) -> bool:
     """Within rollback, the cache of a shorter prefill; beyond it, what the codes had shown."""
     left = setup.tokens - count
     k, v = (x[:, :, :left] for x in setup.dense)

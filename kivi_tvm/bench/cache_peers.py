@@ -20,57 +20,46 @@ Edit = Callable[[Tensor], Tensor]
 def peers(setup: Setup) -> Iterator[Case]:
     """Every operation that has an equal on plain tensors."""
     k, v = setup.inputs.k, setup.inputs.v
-    one = k[:1], v[:1]
-
-    def case(
-        operation: str, name: str, call: Edit, expected: Edit = lambda x: x, held: Pair = (k, v)
-    ) -> Case:
-        """`call` is done to keys and values, and `expected` says otherwise what must come out."""
-        return Case(
-            operation,
-            f"torch {name}",
-            lambda: held,
-            lambda pair: tuple(map(call, pair)),
-            lambda pair, made: same(made, tuple(map(expected, pair))),
-            lambda pair, made: _new_bytes(pair, made),
-        )
-
-    yield case("prefill", "clone", torch.clone)
+    B, T = k.shape[0], setup.tokens
+    case = partial(_case, (k, v))
+    yield case("prefill", "clone", torch.clone, _pick(0, range(B)))
     for operation, n in (("decode", 1), (f"extend({EXTEND})", EXTEND)):
         # Some of the old tokens stand for the new ones.
-        yield case(
-            operation,
-            "cat, no attention",
-            lambda x, n=n: torch.cat([x, x[:, :, :n]], 2),
-            lambda x, n=n: x[:, :, [*range(x.shape[2]), *range(n)]],
-        )
+        yield case(operation, "cat", partial(_appended, n), _pick(2, [*range(T), *range(n)]))
     for name, count in crops(setup).items():
-        stop = setup.tokens - count
-        yield case(
-            name,
-            "narrow, a view",
-            lambda x, stop=stop: x.narrow(2, 0, stop),
-            lambda x, stop=stop: x[:, :, :stop],
-        )
+        cut = partial(torch.narrow, dim=2, start=0, length=T - count)
+        yield case(name, "narrow (a view)", cut, _pick(2, range(T - count)))
     picked = {name: index for name, (_, index) in arrangements(setup).items()}
-    picked["free"] = list(range(1, k.shape[0]))
-    for name, index in picked.items():
-        yield case(
-            name,
-            "index_select",
-            partial(torch.index_select, dim=0, index=torch.tensor(index)),
-            lambda x, index=index: torch.stack([x[i] for i in index]),
-        )
-    yield case(
-        f"repeat({COPIES})",
-        "repeat_interleave",
-        lambda x: x.repeat_interleave(COPIES, 0),
-        lambda x: torch.cat([x] * COPIES),
-        one,
-    )
-    yield case("fork", "clone of a row", torch.clone, held=one)
-    yield case("copy", "clone", torch.clone)
+    for name, index in {**picked, "free": range(1, B)}.items():
+        select = partial(torch.index_select, dim=0, index=torch.tensor(index))
+        yield case(name, "index_select", select, _pick(0, index))
+    one = k[:1], v[:1]
+    repeat = partial(torch.repeat_interleave, repeats=COPIES, dim=0)
+    yield _case(one, f"repeat({COPIES})", "repeat_interleave", repeat, _pick(0, [0] * COPIES))
+    yield _case(one, "fork", "clone of a row", torch.clone, _pick(0, [0]))
+    yield case("copy", "clone", torch.clone, _pick(0, range(B)))
     yield from _on_disk(setup)
+
+
+def _case(held: Pair, operation: str, name: str, call: Edit, expected: Edit) -> Case:
+    """`call` is done to keys and values, and `expected` says otherwise what must come out."""
+    return Case(
+        operation,
+        f"torch {name}",
+        lambda: held,
+        lambda pair: tuple(map(call, pair)),
+        lambda pair, made: same(made, tuple(map(expected, pair))),
+        _new_bytes,
+    )
+
+
+def _pick(dim: int, index: Sequence[int]) -> Edit:
+    """A function that puts together slices of `dim` by hand."""
+    return lambda x: torch.stack([x.select(dim, i) for i in index], dim)
+
+
+def _appended(n: int, x: Tensor) -> Tensor:
+    return torch.cat([x, x[:, :, :n]], 2)
 
 
 def _on_disk(setup: Setup) -> Iterator[Case]:

@@ -15,7 +15,8 @@ from kivi_tvm.bench.peers import BASELINE
 from kivi_tvm.bench.record import Environment, Record
 from kivi_tvm.errors import UserError
 
-CACHE_COLUMNS = ("operation", "MB", "ms", "p20-p80", "torch, held in full", "MB", "ms")
+CACHE_COLUMNS = ("operation", "MB", "ms", "p20-p80", "torch", "MB", "ms")
+CACHE_WIDTH = 100
 COLUMNS = ("provider", "ms", "p20-p80", "MB", "GB/s", "read", "speed", "error")
 CACHE_NOTES = """\
 One layer, a cache of the tokens and half a window more. Every time is the median of calls on a copy
@@ -96,7 +97,8 @@ def print_cache(records: Sequence[CacheRecord]) -> None:
         table.add_column(column, justify="left" if i in (0, 4) else "right", no_wrap=True)
     for row in _cache_rows(records):
         table.add_row(*row)
-    console = Console()
+    # where there is no terminal, rich takes 80 columns and cuts the numbers
+    console = Console(width=max(CACHE_WIDTH, Console().width))
     console.print(table)
     console.print(_place(records[0].environment), highlight=False)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from kivi_tvm.runtime import persistence, transfer
 from kivi_tvm.runtime import rollback as rewinding
 from kivi_tvm.runtime.checks import check_count, check_ints, check_rows
 from kivi_tvm.runtime.layer import CacheLayer
@@ -308,6 +310,35 @@ class Cache(SteppedCache):
         self.pages.clear()
         self.rows.rows = [Row(slot) for slot in range(self.batch_size)]
         self.rows.sync()
+
+    def copy(self) -> Cache:
+        """An independent cache with the same contents and options; reserved memory is not copied.
+
+        Raises
+        ------
+        RuntimeError
+            A step is open.
+        """
+        self._check_no_step()
+        return transfer.copy(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that the rows hold to a safetensors file; `Module.load_cache` reads it.
+
+        The file is replaced as a whole. Shared pages are written once; what was freed or taken back
+        is not in it.
+
+        Raises
+        ------
+        CacheFileError
+            The directory does not exist.
+        RuntimeError
+            A step is open.
+        OSError
+            The file cannot be written; what was at `path` is still there.
+        """
+        self._check_no_step()
+        persistence.save(self, path)
 
     def _check_active(self, row: int) -> None:
         if not isinstance(row, int) or isinstance(row, bool):

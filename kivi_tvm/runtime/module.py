@@ -16,6 +16,7 @@ from kivi_tvm.cache_key import cache_name
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
+from kivi_tvm.runtime import persistence
 from kivi_tvm.runtime.cache import Cache
 from kivi_tvm.runtime.library import Library, open_library, set_thread_defaults
 from kivi_tvm.runtime.options import CacheOptions
@@ -126,6 +127,38 @@ class Module:
             self,
             CacheOptions(num_layers, batch_size, max_tokens, device, rollback, window, sink_tokens),
         )
+
+    def load_cache(
+        self,
+        path: str | Path,
+        max_tokens: int | None = None,
+        rollback: int | None = None,
+        device: Device = "cpu",
+    ) -> Cache:
+        """The cache that `Cache.save` wrote; it goes on with the same bits.
+
+        Parameters
+        ----------
+        path : str or Path
+        max_tokens : int or None
+            As in `new_cache`; not taken from the file.
+        rollback : int, optional
+            Tokens that can be taken back, more or fewer than in the saved cache; default as there.
+            Those that were not held in full precision stay so.
+        device : str or torch.device
+            "cpu".
+
+        Raises
+        ------
+        CacheFileError
+            The file is of another kind, damaged, newer, made for another configuration, or has a
+            row above `max_tokens`; the message lists every reason.
+        ValueError
+            Another argument breaks its rule.
+        OSError
+            The file cannot be read.
+        """
+        return persistence.load(self, path, max_tokens, rollback, device)
 
 
 def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") -> Module:

@@ -68,11 +68,11 @@ def save(cache: Cache, path: str | Path) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise CacheFileError(f"`path` must be in an existing directory, got {str(path)!r}")
-    contents, used = transfer.describe(cache)
+    contents, places = transfer.describe(cache)
     tensors = {
         _key(layer.index, name): tensor
         for layer in cache.layers
-        for name, tensor in transfer.take(layer, contents, used).items()
+        for name, tensor in transfer.take(layer, contents, places).items()
     }
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
         whole = Path(scratch) / path.name

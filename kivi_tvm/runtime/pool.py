@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from kivi_tvm.runtime.module import Module
     from kivi_tvm.runtime.step import Step
 
-# A full pool grows by this share: 3% more memory for one copy of the pages per 3% more tokens.
-GROWTH_SHARE = 32
+# A full pool grows by this share: 2% more memory for one copy of the pages per 2% more tokens.
+GROWTH_SHARE = 48
 
 
 class CachePool:

@@ -135,14 +135,16 @@ def _rewind(layer: CacheLayer, plan: Rewind) -> None:
     windows = {name: window[plan.slot] for name, window in layer.memory.windows.items()}
     if plan.values:
         k, v = layer.dequantize_tokens(plan.slot, plan.values)
-        _put(windows["k_ring"], plan.values, k)
-        _put(windows["v_ring"], plan.values, v)
+        put_tokens(windows["k_ring"], plan.values, k)
+        put_tokens(windows["v_ring"], plan.values, v)
     if "k_exact" in windows:
         if plan.keys:
             k, _ = layer.dequantize_tokens(plan.slot, plan.keys)
-            _put(windows["k_exact"], plan.keys, k)
+            put_tokens(windows["k_exact"], plan.keys, k)
         if plan.restored:
-            _put(windows["k_ring"], plan.restored, _get(windows["k_exact"], plan.restored))
+            put_tokens(
+                windows["k_ring"], plan.restored, get_tokens(windows["k_exact"], plan.restored)
+            )
 
 
 def _move_window(layer: CacheLayer, new: dict[str, Tensor], slot: int, tokens: range) -> None:
@@ -154,15 +156,16 @@ def _move_window(layer: CacheLayer, new: dict[str, Tensor], slot: int, tokens: r
             window[slot] = source[slot]
         else:
             last = tokens[-min(len(tokens), window.shape[2]) :]
-            _put(window[slot], last, _get(source[slot], last))
+            put_tokens(window[slot], last, get_tokens(source[slot], last))
 
 
-def _put(ring: Tensor, tokens: range, x: Tensor) -> None:
+def put_tokens(ring: Tensor, tokens: range, x: Tensor) -> None:
     """Write `x [H_kv, n, D]` to the places of these tokens in `ring [H_kv, slots, D]`."""
     ring[:, _places(ring, tokens)] = x
 
 
-def _get(ring: Tensor, tokens: range) -> Tensor:
+def get_tokens(ring: Tensor, tokens: range) -> Tensor:
+    """A copy `[H_kv, n, D]` of these tokens in `ring [H_kv, slots, D]`."""
     return ring[:, _places(ring, tokens)]
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 TOKEN_AXES = {"k_code": 2, "k_scale": 1, "k_zero": 1, "v_code": 1, "v_scale": 2, "v_zero": 2}
 
 
-def describe(cache: Cache) -> tuple[Contents, list[int]]:
-    """What `cache` holds, and the page of its pool behind each page of the contents."""
+def describe(cache: Cache) -> tuple[Contents, Tensor]:
+    """What `cache` holds, and int64 `[num_pages]`: each page's place in the cache's pool."""
     rows = cache.rows
     owned = [_pages_in_use(cache, row) for row in rows.rows]
     used = sorted({page for pages in owned for page in pages})
@@ -43,13 +43,14 @@ def describe(cache: Cache) -> tuple[Contents, list[int]]:
         for row, bounds, pages in zip(rows.rows, map(rows.bounds, rows.rows), owned, strict=True)
     )
     options = cache.num_layers, cache.window, cache.rollback, cache.sink_tokens
-    return Contents(*options, len(used), stored), used
+    places = torch.tensor(used, dtype=torch.int64, device=cache.device)
+    return Contents(*options, len(used), stored), places
 
 
-def take(layer: CacheLayer, contents: Contents, used: list[int]) -> dict[str, Tensor]:
+def take(layer: CacheLayer, contents: Contents, places: Tensor) -> dict[str, Tensor]:
     """Copies of what one layer holds, as `Contents.buffers` says; places without a token are 0."""
     cache = layer._cache
-    found = {name: buffer[used] for name, buffer in layer.memory.pages.items()}
+    found = {name: buffer.index_select(0, places) for name, buffer in layer.memory.pages.items()}
     for row in contents.rows:
         _blank_unwritten(found, cache.cfg, row.pages, contents.body(row))
     for name, window in layer.memory.windows.items():
@@ -83,7 +84,7 @@ def fill(cache: Cache, contents: Contents, tensors_of: Callable[[int], dict[str,
 
 def copy(cache: Cache) -> Cache:
     """An independent cache with the same contents."""
-    contents, used = describe(cache)
+    contents, places = describe(cache)
     new = cache.module.new_cache(
         num_layers=cache.num_layers,
         batch_size=cache.batch_size,
@@ -93,7 +94,7 @@ def copy(cache: Cache) -> Cache:
         window=cache.window,
         sink_tokens=cache.sink_tokens,
     )
-    fill(new, contents, lambda index: take(cache.layer(index), contents, used))
+    fill(new, contents, lambda index: take(cache.layer(index), contents, places))
     return new
 
 

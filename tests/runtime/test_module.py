@@ -165,13 +165,14 @@ def test_caches_of_one_module_are_independent():
     inputs = draw(CFG, 100, steps=1)
     one, other = module(CFG).new_cache(), module(CFG).new_cache()
     one.prefill(inputs.k, inputs.v)
-    assert other.lengths == [0] and torch.equal(other.state, torch.zeros_like(other.state))
+    assert other.lengths == [0] and (other.rows.state == 0).all()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rollback": 4}, ["`rollback`", "0", "4"]),
+        ({"rollback": -4}, ["`rollback`", "at least 0", "-4"]),
+        ({"sink_tokens": 1.0}, ["`sink_tokens`", "int", "1.0"]),
         ({"window": "open"}, ["`window`", "['kivi', 'exact']", "'open'"]),
         ({"device": "meta"}, ["`device`", "'cpu'", "'meta'"]),
         ({"device": "toaster"}, ["`device`", "torch device", "'toaster'"]),
@@ -179,7 +180,7 @@ def test_caches_of_one_module_are_independent():
         ({"num_layers": True}, ["`num_layers`", "int", "True"]),
         ({"batch_size": -2}, ["`batch_size`", "at least 1", "-2"]),
         ({"max_tokens": 0}, ["`max_tokens`", "at least 1", "0"]),
-        ({"max_tokens": 1.5, "rollback": 1, "window": ""}, ["1.5", "`rollback`", "`window`"]),
+        ({"max_tokens": 1.5, "rollback": True, "window": ""}, ["1.5", "`rollback`", "`window`"]),
     ],
     ids=str,
 )

@@ -82,7 +82,7 @@ def test_reset_and_the_next_sequence():
     used.prefill(first.k, first.v)
     feed(used, first, 1)
     used.reset()
-    assert used.lengths == [0, 0] and (used.state == 0).all()
+    assert used.lengths == [0, 0] and (used.rows.state == 0).all()
     for cache in (used, fresh):
         cache.prefill(second.k, second.v)
     assert_same_outputs(*(feed(cache, second, 3) for cache in (used, fresh)))
