@@ -112,7 +112,8 @@ def write_cache(path: Path, records: Sequence[CacheRecord], command: str) -> Non
         by_workload.setdefault(record.workload, []).append(record)
     environment = records[0].environment
     versions = ", ".join(f"{name} {number}" for name, number in environment.versions.items())
-    lines = ["# What operations on a cache cost", "", f"Written by `{command}`.", "", CACHE_NOTES]
+    written = f"Written by `{command} --markdown FILE`."
+    lines = ["# What operations on a cache cost", "", written, "", CACHE_NOTES]
     for group in by_workload.values():
         lines += ["", f"## {_cache_title(group[0])}", "", _markdown(CACHE_COLUMNS)]
         lines += [_markdown(["---" if i in (0, 4) else "--:" for i in range(len(CACHE_COLUMNS))])]
