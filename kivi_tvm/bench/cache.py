@@ -141,8 +141,9 @@ def run(
     UserError
         The workload is too small for the operations.
     """
-    from kivi_tvm.bench.cache_cases import Setup, ours
+    from kivi_tvm.bench.cache_cases import ours
     from kivi_tvm.bench.cache_peers import peers
+    from kivi_tvm.bench.cache_setup import Setup
 
     rollback = w.residual_length if rollback is None else rollback
     with TemporaryDirectory(prefix="kivi-tvm-bench-") as scratch:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kivi_tvm.bench.cache import Case
-from kivi_tvm.bench.cache_cases import COPIES, EXTEND, Pair, Setup, arrangements, crops, same
+from kivi_tvm.bench.cache_cases import COPIES, arrangements, crops, same
+from kivi_tvm.bench.cache_setup import EXTEND, Pair, Setup
 
 Edit = Callable[[Tensor], Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kivi_tvm.hf.support import check_call, check_states, unsupported
+from kivi_tvm.hf.support import check_call, check_states, outside_graph, unsupported
 
 if TYPE_CHECKING:
     from kivi_tvm.hf.cache import KiviCache
@@ -106,6 +106,7 @@ class KiviLayer(CacheLayerMixin):
         self._cache.pending = self.index
         return key, value
 
+    @outside_graph
     def attend(
         self,
         module: Any,

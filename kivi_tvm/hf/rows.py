@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kivi_tvm.hf.hybrid import check_croppable, check_rearrangeable
 from kivi_tvm.hf.layer import KiviLayer
 from kivi_tvm.hf.padding import tokens_of_last
 from kivi_tvm.hf.store import Step, Store
-from kivi_tvm.hf.support import (
-    check_croppable,
-    check_rearrangeable,
-    check_room,
-    columns_to_remove,
-    unsupported,
-)
+from kivi_tvm.hf.support import ATTENTION_NAME, check_room, columns_to_remove, unsupported
 
 # Rollback where `activate_past_recording` asks for one and the user gave none. A round of assisted
 # generation takes back at most its candidates: 20 of a draft model (transformers' default
@@ -46,7 +41,12 @@ class RowOperations(Cache):
 
     def check_not_pending(self) -> None:
         """Raise if a layer's `update` was not followed by its attention."""
-        raise NotImplementedError
+        if self.pending is not None:
+            raise RuntimeError(
+                f"the previous step of layer {self.pending} did not go through {ATTENTION_NAME} "
+                f"attention: call `model.set_attn_implementation({ATTENTION_NAME!r})` and "
+                "`reset()` the cache; this model may not support it"
+            )
 
     # Rolling back.
 
@@ -92,8 +92,7 @@ class RowOperations(Cache):
         if not columns:
             return
         if count:
-            rows = self._stores[0].geometry.batch_size
-            self._crop_rows(tokens_of_last(self._history, rows, columns, count))
+            self._crop_rows(tokens_of_last(self._history, self._rows, columns, count))
             if self._history is not None:
                 self._history = self._history[:, : columns - count]
             for i in self._kivi:
@@ -125,7 +124,8 @@ class RowOperations(Cache):
     def _before_step(self, step: Step) -> None:
         """Make it possible to take `step` back, and forget what its mask newly hides."""
         candidates = step.tokens - 1
-        if self._in_rounds and self._rollback_is_ours and candidates <= MOST_CANDIDATES:
+        in_rounds = self._in_rounds and self._rollback_is_ours and self.rollback
+        if in_rounds and self.rollback < candidates <= MOST_CANDIDATES:
             self._raise_rollback(-(-candidates // CANDIDATES) * CANDIDATES)
         if step.rewind is not None:
             stored = self._stores[0].cache.lengths
@@ -142,12 +142,12 @@ class RowOperations(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after another."""
-        index = torch.arange(max(0, self.batch_size)).repeat_interleave(repeats)
+        index = torch.arange(self._rows).repeat_interleave(repeats)
         self._rearrange("batch_repeat_interleave", repeats, index)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row `i` becomes old row `indices[i]`; a bool mask keeps the rows where it is True."""
-        index = torch.arange(max(0, self.batch_size), device=indices.device)[indices]
+        index = torch.arange(self._rows, device=indices.device)[indices]
         self._rearrange("batch_select_indices", indices, index)
 
     def _rearrange(self, name: str, argument: Any, index: Tensor) -> None:
@@ -188,6 +188,10 @@ class RowOperations(Cache):
     def _columns(self) -> int:
         columns: int = self.layers[self._kivi[0]].columns
         return columns
+
+    @property
+    def _rows(self) -> int:
+        return self._stores[0].geometry.batch_size if self._stores else 0
 
     @property
     def _others(self) -> dict[int, Any]:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
+import torch
 import transformers
-from torch import Tensor, is_grad_enabled
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from torch import Tensor
 
 from kivi_tvm.config import WINDOWS, KiviConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 ATTENTION_NAME = "kivi_tvm"
 MIN_TRANSFORMERS = (5, 17)
 CROPS_NEGATIVE_ONLY = (5, 18)
-
-# Layers of a hybrid model that transformers' own cache layer serves. Anything that is neither
-# here nor exactly a `DynamicLayer` (full attention) is refused: it may hold full attention inside.
-HF_LAYER_TYPES = (
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-    "DummyLayer",
-)
 
 # Arguments of an attention function that change its result and that kivi_tvm does not know.
 CALL_RULES = {
@@ -57,6 +47,12 @@ def require_transformers() -> None:
             f"kivi_tvm.hf needs transformers>={need}, got {transformers.__version__}; "
             f"pip install 'transformers>={need}'"
         )
+
+
+def outside_graph(function: F) -> F:
+    """`function` as it is, also in a model under `torch.compile`: the graph breaks around it."""
+    undisturbed: F = torch.compiler.disable(function)
+    return undisturbed
 
 
 def unsupported(call: str, purpose: str) -> NoReturn:
@@ -109,34 +105,6 @@ def check_config(config: Any) -> None:
         )
 
 
-def is_full_attention(layer: object) -> bool:
-    """Whether `layer` of a `DynamicCache` is one that KIVI replaces.
-
-    Raises
-    ------
-    ValueError
-        It is neither plain full attention nor in `HF_LAYER_TYPES`.
-    """
-    if type(layer) is DynamicLayer:
-        return True
-    if type(layer).__name__ not in HF_LAYER_TYPES:
-        raise ValueError(
-            "`config` must have layers of full attention or of one of "
-            f"{list(HF_LAYER_TYPES)}, got {type(layer).__name__}"
-        )
-    return False
-
-
-def layers_alike(config: Any, layers: list[int], index: int) -> list[int]:
-    """Those of `layers` that, by the configuration, have the key shape of layer `index`."""
-    configs = config.get_text_config(decoder=True).per_layer_config
-
-    def shape(i: int) -> tuple[Any, ...]:
-        return tuple(getattr(configs[i], n, None) for n in ("num_key_value_heads", "head_dim"))
-
-    return [i for i in layers if shape(i) == shape(index)]
-
-
 def check_states(key: Tensor, value: Tensor) -> None:
     """Refuse new keys and values that cannot be appended."""
     if key.shape != value.shape or key.ndim != 4:
@@ -146,22 +114,6 @@ def check_states(key: Tensor, value: Tensor) -> None:
         )
     if key.shape[2] < 1:
         raise ValueError(f"`key_states` must have at least one token, got {list(key.shape)}")
-
-
-def check_in_step(layers: list[Any], columns: int) -> None:
-    """Refuse to go on if a sliding layer kept tokens of a forward that a KIVI layer refused.
-
-    Raises
-    ------
-    RuntimeError
-        One of `layers`, which come before the KIVI layer, has seen other than `columns` columns.
-    """
-    for i, layer in enumerate(layers):
-        if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() != columns:
-            raise RuntimeError(
-                f"layer {i} has seen {layer.get_seq_length()} columns instead of {columns}: an "
-                "earlier forward stopped half-way; `reset()` the cache and pass the whole prompt"
-            )
 
 
 def check_room(stored: list[int], new: list[int], max_tokens: int | None) -> None:
@@ -187,37 +139,6 @@ def columns_to_remove(tokens_to_remove: int, columns: int) -> int:
             f"{tokens_to_remove}"
         )
     return max(0, columns - tokens_to_remove)
-
-
-def check_croppable(layers: dict[int, Any], count: int) -> None:
-    """Refuse to remove `count` columns before anything changed, if one of `layers` would.
-
-    Raises
-    ------
-    RuntimeError
-        A sliding-window or linear layer no longer has the state of `count` columns ago.
-    """
-    for i, layer in layers.items() if count else ():
-        lost = False
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            lost = not layer.record_past or any(layer.is_recurrent_states_initialized.values())
-        if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
-            need = min(layer.get_seq_length() - count, layer.sliding_window - 1)
-            lost |= layer.keys.shape[-2] - count < need
-        if lost:
-            raise RuntimeError(
-                f"layer {i} ({type(layer).__name__}) cannot take back {count} tokens: call "
-                "`activate_past_recording()` before the forward; recurrent states never can"
-            )
-
-
-def check_rearrangeable(layers: dict[int, Any], name: str) -> None:
-    """Refuse to rearrange rows before anything changed, if one of `layers` has no such method."""
-    for i, layer in layers.items():
-        if not hasattr(layer, name):
-            raise NotImplementedError(
-                f"`{name}` is not supported by layer {i} ({type(layer).__name__}) of transformers"
-            )
 
 
 def check_call(
@@ -246,7 +167,7 @@ def check_call(
         raise NotImplementedError(
             f"`dropout` must be 0 with KiviCache, got {dropout}; call `model.eval()`"
         )
-    if is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         raise NotImplementedError(
             "gradients must be off with KiviCache, got states that require grad: "
             "use `with torch.no_grad():` or `torch.inference_mode()`"

@@ -70,6 +70,7 @@ class Rows:
         self.rollback, self.sink_tokens = rollback, sink_tokens
         self.rows = [Row(slot) for slot in range(batch_size)]
         self.capacity = 0
+        self.state = self.sink_state = torch.zeros(0, len(layout.STATE_FIELDS), dtype=torch.int32)
         self.grow(batch_size)
         self.resize()
 
@@ -128,8 +129,8 @@ class Rows:
         """Make slots up to `capacity` available."""
         shape = (capacity, len(layout.STATE_FIELDS))
         tensors = [torch.zeros(shape, dtype=torch.int32, device=self._device) for _ in range(4)]
-        if self.capacity:
-            tensors[0][: self.capacity], tensors[2][: self.capacity] = self.state, self.sink_state
+        tensors[0][: self.capacity] = self.state
+        tensors[2][: self.capacity] = self.sink_state
         self.state, self.state_before, self.sink_state, self.sink_state_before = tensors
         self.capacity = capacity
 

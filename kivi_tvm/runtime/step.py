@@ -132,7 +132,7 @@ class SteppedCache(CachePool):
             for row, body, new in growing
             if layout.packed_keys(cfg, body) > layout.packed_keys(cfg, body - new)
         ]
-        # One new token takes the spare place of a ring; the next ones overwrite what `crop` may need.
+        # One new token takes a ring's spare place; the next ones overwrite what `crop` may need.
         overrun = [row.slot for row, body, new in growing if body > new > 1]
         to_sinks = [n - new for n, new in zip(added, body_added, strict=True)]
         return Step(

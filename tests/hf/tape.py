@@ -74,6 +74,9 @@ class TapedCache:
     def layer(self, i: int) -> TapedLayer:
         return TapedLayer(self.cache.layer(i), self.through)
 
+    def copy(self) -> TapedCache:
+        return TapedCache(self.cache.copy(), self.through)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hf.compare import run
-from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
-from transformers import DynamicCache, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+from hf.tiny import TINY, pad, prompt, tiny_hybrid, tiny_llama
+from transformers import DynamicCache, LlamaConfig
 
 from kivi_tvm.hf.attention import kivi_attention_forward
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
@@ -140,12 +140,9 @@ def test_no_cache_and_other_caches_equal_sdpa_exactly():
 @pytest.mark.parametrize("first", ["sliding_attention", "full_attention"])
 def test_hybrid_model_keeps_its_sliding_layers(first):
     second = {"sliding_attention": "full_attention", "full_attention": "sliding_attention"}[first]
-    config = Qwen3Config(
-        **TINY, layer_types=[first, second], sliding_window=16, use_sliding_window=True
-    )
-    model, inputs = prepare(Qwen3ForCausalLM(config)), ragged()
-    want, tokens = run(model, DynamicCache(config=config), inputs, STEPS)
-    cache = ReferenceKiviCache(config)
+    model, inputs = tiny_hybrid((first, second)), ragged()
+    want, tokens = run(model, DynamicCache(config=model.config), inputs, STEPS)
+    cache = ReferenceKiviCache(model.config)
     for _ in range(2):
         got, _ = run(model, cache, inputs, STEPS, tokens)
         torch.testing.assert_close(got, want, **CLOSE)

@@ -7,8 +7,8 @@ import torch
 from hf import smollm2
 from hf.compare import MAX_ERROR, compare, talk
 from hf.tape import RecordingTorchCache, ReplayingCache
-from hf.tiny import TINY, pad, prepare, prompt, tiny_llama
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from hf.tiny import pad, prompt, tiny_hybrid, tiny_llama
+from transformers import DynamicCache
 
 from kivi_tvm.hf import KiviCache
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
@@ -90,19 +90,15 @@ def test_equals_full_precision_within_the_window(llama, name):
 @pytest.mark.parametrize("name", ["chunked-left", "chat", "chat-interior"])
 def test_hybrid_model(name, first):
     second = {"sliding_attention": "full_attention", "full_attention": "sliding_attention"}[first]
-    config = Qwen3Config(
-        **TINY, layer_types=[first, second], sliding_window=16, use_sliding_window=True
-    )
-    model, turns = prepare(Qwen3ForCausalLM(config)), IN_WINDOW[name]()
-    want = talk(model, DynamicCache(config=config), turns)
-    got = talk(model, ReferenceKiviCache(config), turns, want.tokens)
+    model, turns = tiny_hybrid((first, second)), IN_WINDOW[name]()
+    want = talk(model, DynamicCache(config=model.config), turns)
+    got = talk(model, ReferenceKiviCache(model.config), turns, want.tokens)
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
 
 
 def test_refused_step_of_a_hybrid_model_is_noticed():
-    kinds = ["sliding_attention", "full_attention"]
-    config = Qwen3Config(**TINY, layer_types=kinds, sliding_window=16, use_sliding_window=True)
-    model, cache = prepare(Qwen3ForCausalLM(config)), ReferenceKiviCache(config)
+    model = tiny_hybrid()
+    cache = ReferenceKiviCache(model.config)
     talk(model, cache, [(turn(9, 6), 0)])
     mask = torch.ones(2, 12, dtype=torch.long)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="newly visible"):

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import kivi_tvm.hf  # noqa: F401 (registers the attention implementation)
 
@@ -36,6 +46,27 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random Llama of two layers."""
     return prepare(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})))
+
+
+def tiny_hybrid(kinds=("sliding_attention", "full_attention")) -> Qwen3ForCausalLM:
+    """A random Qwen3 of two layers, one of them with a sliding window."""
+    options = {"layer_types": list(kinds), "sliding_window": 16, "use_sliding_window": True}
+    return prepare(Qwen3ForCausalLM(Qwen3Config(**TINY, **options)))
+
+
+def tiny_mistral() -> MistralForCausalLM:
+    """A random Mistral of two full-attention layers."""
+    return prepare(MistralForCausalLM(MistralConfig(**TINY, sliding_window=None)))
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    """A random Qwen2 (biases on queries, keys and values) of two layers."""
+    return prepare(Qwen2ForCausalLM(Qwen2Config(**TINY)))
+
+
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """A random Qwen3 (normalized queries and keys) of two layers."""
+    return prepare(Qwen3ForCausalLM(Qwen3Config(**TINY)))
 
 
 def prompt(tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:

@@ -111,6 +111,10 @@ def test_rollback_begins_with_what_the_layout_holds(count):
     other = new_cache(CFG, 2, rollback=40)
     from_authors(other.layer(0), to_authors(cache.layer(0)))
     cache.enable_rollback(40)
+    new = draw(CFG, CFG.R, batch_size=2, seed=2)
+    q = torch.zeros(2, CFG.H, CFG.R, CFG.D)
+    for each in (cache, other):
+        each.extend(q, new.k, new.v)  # a flush
     assert cache.crop(count) == other.crop(count)
     more = draw(CFG, 1, batch_size=2, steps=CFG.R + 3, seed=1)
     assert_same_outputs(*(feed(each, more, CFG.R + 3) for each in (cache, other)))
