@@ -1,6 +1,8 @@
 """Random sequences of all operations on a ragged batch, against the plain-torch KIVI."""
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -135,6 +137,19 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(more=st.integers(0, 4))
     def enable_rollback(self, more):
         self.twins.enable_rollback(self.twins.rollback + more)
+
+    @rule(pages=st.integers(0, 3))
+    def reserve(self, pages):
+        self.twins.cache.reserve(pages * self.cfg.P)
+
+    @rule()
+    def copy(self):
+        self.twins.copy()
+
+    @rule()
+    def save_and_load(self):
+        with tempfile.TemporaryDirectory() as directory:
+            self.twins.save_and_load(Path(directory) / "cache.safetensors")
 
     @invariant()
     def holds_what_the_reference_says(self):
