@@ -8,7 +8,7 @@ import math
 import torch
 from books import assert_pages_add_up
 from caches import new_cache
-from configurations import FEW, POINTS, config, with_window
+from configurations import FEW, POINTS, config, module, with_window
 from pools import assert_same_bits
 from tolerance import assert_close
 
@@ -153,6 +153,15 @@ class Twins:
         self.rollback = max(self.rollback, tokens)
         for reference in self.references:
             reference.enable_rollback(self.rollback)
+
+    def copy(self):
+        """Go on with a copy of the cache."""
+        self.cache = self.cache.copy()
+
+    def save_and_load(self, path):
+        """Go on with what a file holds."""
+        self.cache.save(path)
+        self.cache = module(self.cfg).load_cache(path)
 
     def check(self):
         """Fail unless the cache holds what the references say, and its books are right."""

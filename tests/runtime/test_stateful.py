@@ -1,6 +1,8 @@
 """Random sequences of all operations on a ragged batch, against the plain-torch KIVI."""
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -136,6 +138,19 @@ class CacheMachine(RuleBasedStateMachine):
     def enable_rollback(self, more):
         self.twins.enable_rollback(self.twins.rollback + more)
 
+    @rule(pages=st.integers(0, 3))
+    def reserve(self, pages):
+        self.twins.cache.reserve(pages * self.cfg.P)
+
+    @rule()
+    def copy(self):
+        self.twins.copy()
+
+    @rule()
+    def save_and_load(self):
+        with tempfile.TemporaryDirectory() as directory:
+            self.twins.save_and_load(Path(directory) / "cache.safetensors")
+
     @invariant()
     def holds_what_the_reference_says(self):
         self.twins.check()
@@ -158,6 +173,11 @@ def test_any_operations(mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=mode_id)
-@pytest.mark.parametrize("cfg", [SMALL, WIDE], ids=["small", "wide"])
-def test_hundreds_of_operations(cfg, mode):
-    run(cfg, mode, examples=10, steps=300)
+def test_hundreds_of_operations(mode):
+    run(SMALL, mode, examples=4, steps=250)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+def test_another_window(mode):
+    run(WIDE, mode, examples=2, steps=120)
