@@ -23,7 +23,7 @@ One layer, a cache of the tokens and half a window more. Every time is the media
 of its own, and each operation's result was checked in the same run: contents equal those of rows
 picked by hand, or of a fresh cache, bit for bit; attention and prefill equal the reference. MB are
 pages and windows newly in use (given back if negative), for `save` those of the file; pages that
-rows share count once. A full pool grows by a 32nd when an operation needs pages, and is copied for
+rows share count once. A full pool grows by a 48th when an operation needs pages, and is copied for
 it: `fork, full pool`, `repeat`. Beside: what transformers' `DynamicCache` does for the same purpose
 to keys and values in full precision, in the model's dtype; for `decode` and `extend` without the
 attention that ours includes."""
