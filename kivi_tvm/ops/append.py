@@ -1,11 +1,15 @@
 """New tokens of each sequence: into the rings, and out of them what Algorithm 1 quantizes.
 
-Token by token, with `L` the length that includes it and ring slot `t mod (R + E)` of token `t`:
+Token by token, with `L` the length that includes it and ring slot `t mod ring` of token `t`:
 
 1. if `L > R`, the value of token `L - 1 - R` leaves the window and is quantized;
 2. the new key and value are written to their ring slots;
-3. if `L mod R = 0`, keys `[L - R, L)` are quantized as a block and, for `window="kivi"`, their
+3. the new key is also written to slot `(L - 1) mod X` of `k_exact`, where it stays exact;
+4. if `L mod R = 0`, keys `[L - R, L)` are quantized as a block and, for `window="kivi"`, their
    dequantized values are written back into the ring.
+
+With `ring > R` the value that leaves has a slot of its own, so that appending one token twice, with
+no block due, equals appending it once.
 """
 
 from __future__ import annotations
@@ -25,9 +29,10 @@ def append(key: KernelKey):
     Returns
     -------
     PrimFunc
-        `(k_code, k_scale, k_zero, v_code, v_scale, v_zero, k_ring, v_ring [S, H_kv, R + E, D],
-        page_table [S, pages], state [S, 4] after the step, slots [B], added [B],
-        k, v [B, H_kv, tokens, D], R, write_back)`; rows with slot -1 are skipped.
+        `(k_code, k_scale, k_zero, v_code, v_scale, v_zero, k_ring, v_ring [S, H_kv, ring, D],
+        k_exact [S, H_kv, X, D], page_table [S, pages], state [S, 4] after the step, slots [B],
+        added [B], k, v [B, H_kv, tokens, D], R, write_back)`; `X` may be 0, and no key is kept
+        exact then; rows with slot -1 are skipped.
     """
     D, P, dtype = key.head_dim, key.page_size, key.dtype
     G_k, W_k = key.key_group_size, key.key_codes_per_word
@@ -47,6 +52,7 @@ def append(key: KernelKey):
         v_zero_handle: T.handle,
         k_ring_handle: T.handle,
         v_ring_handle: T.handle,
+        k_exact_handle: T.handle,
         page_table_handle: T.handle,
         state_handle: T.handle,
         slots_handle: T.handle,
@@ -57,9 +63,10 @@ def append(key: KernelKey):
         write_back: T.int32,
     ):
         T.func_attr({"tirx.noalias": True})
-        B, H_kv, N, S, pages, ring, tokens = (
-            T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(),
+        B, H_kv, N, S, X, pages, ring, tokens = (
+            T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(),
         )  # fmt: skip
+        kept_slot, kept_head, kept_token = T.int32(), T.int32(), T.int32()
         k_row, k_head, k_token = T.int32(), T.int32(), T.int32()
         v_row, v_head, v_token = T.int32(), T.int32(), T.int32()
         k_code = T.match_buffer(k_code_handle, (N, H_kv, D // W_k, P), "uint32")
@@ -70,6 +77,10 @@ def append(key: KernelKey):
         v_zero = T.match_buffer(v_zero_handle, (N, H_kv, D // G_v, P), "float16")
         k_ring = T.match_buffer(k_ring_handle, (S, H_kv, ring, D), dtype)
         v_ring = T.match_buffer(v_ring_handle, (S, H_kv, ring, D), dtype)
+        # torch's strides of a tensor with X = 0 are not those that TVM calls compact
+        k_exact = T.match_buffer(
+            k_exact_handle, (S, H_kv, X, D), dtype, strides=(kept_slot, kept_head, kept_token, 1)
+        )
         page_table = T.match_buffer(page_table_handle, (S, pages), "int32")
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
@@ -98,6 +109,7 @@ def append(key: KernelKey):
                 T.writes(
                     k_ring[0:S, vh, 0:ring, 0:D],
                     v_ring[0:S, vh, 0:ring, 0:D],
+                    k_exact[0:S, vh, 0:X, 0:D],
                     k_code[0:N, vh, 0 : D // W_k, 0:P],
                     k_scale[0:N, vh, 0 : P // G_k, 0:D],
                     k_zero[0:N, vh, 0 : P // G_k, 0:D],
@@ -119,6 +131,7 @@ def append(key: KernelKey):
                         T.writes(
                             k_ring[0:S, vh, 0:ring, 0:D],
                             v_ring[0:S, vh, 0:ring, 0:D],
+                            k_exact[0:S, vh, 0:X, 0:D],
                             k_code[0:N, vh, 0 : D // W_k, 0:P],
                             k_scale[0:N, vh, 0 : P // G_k, 0:D],
                             k_zero[0:N, vh, 0 : P // G_k, 0:D],
@@ -170,6 +183,11 @@ def append(key: KernelKey):
                             with T.sblock("write_value"):
                                 vd = T.axis.spatial(D, d)
                                 v_ring[slot, vh, (L - 1) % ring, vd] = v[vb, vh, vi, vd]
+                        for d in range(D):
+                            with T.sblock("keep_key"):
+                                vd = T.axis.spatial(D, d)
+                                T.where(X > 0)
+                                k_exact[slot, vh, (L - 1) % T.max(X, 1), vd] = k[vb, vh, vi, vd]
                         # one block around both writers of the key ring: an output has one writer
                         with T.sblock("keys"):
                             T.reads(

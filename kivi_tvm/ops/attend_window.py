@@ -1,8 +1,8 @@
-"""Plain attention over the full-precision window: the last `L - packed_values` ring tokens.
+"""Plain attention over the full-precision window: the last `L - packed_values` tokens.
 
-Ring slot `p` holds a token of age `(last - p) mod (R + E)`; it is in the window while its age is
-below the window's count. Other slots may hold anything: their weight is 0 by selection and the
-newest token is read in their place.
+Tokens are taken oldest first: token `i` of the window is in ring slot
+`(packed_values + i) mod ring`, so that results do not depend on the ring's size. What a chunk has
+too many has weight 0 by selection, and the newest token is read in its place: no other slot is.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from kivi_tvm.ops.online_softmax import (
     store_blocks,
 )
 
-CHUNK = 32  # ring slots whose scores are held at once
+CHUNK = 32  # window tokens whose scores are held at once
 
 
 def attend_window(key: KernelKey):
-    """Partial attention of every row over its window, stored as the last partial result.
+    """Partial attention of every row over its window, stored as one partial result.
 
     Returns
     -------
     PrimFunc
-        `(k_ring, v_ring [S, H_kv, R + E, D], state [S, 4], slots [B], q [B, H n, D], scale,
-        part_acc [B, H n, X, D], part_stat [B, H n, X, 2])` with `n` tokens' queries per head; rows
-        with slot -1 are skipped.
+        `(k_ring, v_ring [S, H_kv, ring, D], state [S, 4], slots [B], q [B, H n, D], scale,
+        entry, part_acc [B, H n, X, D], part_stat [B, H n, X, 2])` with `n` tokens' queries per
+        head; the result is number `X - entry`; rows with slot -1 are skipped.
     """
     D, M, C, dtype = key.head_dim, key.rows, CHUNK, key.dtype
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
@@ -44,6 +44,7 @@ def attend_window(key: KernelKey):
         slots_handle: T.handle,
         q_handle: T.handle,
         scale: T.float32,
+        entry: T.int32,
         part_acc_handle: T.handle,
         part_stat_handle: T.handle,
     ):
@@ -70,12 +71,12 @@ def attend_window(key: KernelKey):
                     q[vb, vh * M : vh * M + M, 0:D],
                 )
                 T.writes(
-                    part_acc[vb, vh * M : vh * M + M, X - 1, 0:D],
-                    part_stat[vb, vh * M : vh * M + M, X - 1, 0:2],
+                    part_acc[vb, vh * M : vh * M + M, X - entry, 0:D],
+                    part_stat[vb, vh * M : vh * M + M, X - entry, 0:2],
                 )
                 slot = T.meta_var(slots[vb])
-                newest = T.meta_var((state[slot, LENGTH] - 1) % ring)
                 count = T.meta_var(state[slot, LENGTH] - state[slot, PACKED_VALUES])
+                oldest = T.sblock_alloc_buffer((1,), "int32")
                 q_scaled = T.sblock_alloc_buffer((M, D), "float32")
                 run_max = T.sblock_alloc_buffer((M,), "float32")
                 run_sum = T.sblock_alloc_buffer((M,), "float32")
@@ -83,6 +84,8 @@ def attend_window(key: KernelKey):
                 chunk_max = T.sblock_alloc_buffer((M,), "float32")
                 chunk_sum = T.sblock_alloc_buffer((M,), "float32")
                 chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                with T.sblock("oldest"):
+                    oldest[0] = state[slot, PACKED_VALUES] % ring
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
@@ -90,7 +93,7 @@ def attend_window(key: KernelKey):
                             scale * T.float32(LOG2_E)
                         )
                 start(run_max, run_sum, run_acc)
-                for c in T.serial(T.ceildiv(T.min(state[slot, LENGTH], ring), C)):
+                for c in T.serial(T.ceildiv(count, C)):
                     with T.sblock("chunk"):
                         vc = T.axis.opaque(T.ceildiv(ring, C), c)
                         T.reads(
@@ -98,25 +101,21 @@ def attend_window(key: KernelKey):
                             v_ring[0:S, vh, 0:ring, 0:D],
                             state[0:S, 0:4],
                             slots[vb],
+                            oldest[0],
                             q_scaled[0:M, 0:D],
                         )
                         T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
                         source = T.sblock_alloc_buffer((C,), "int32")
-                        inside = T.sblock_alloc_buffer((C,), "int32")
                         dot = T.sblock_alloc_buffer((M, C), "float32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
                         prob = T.sblock_alloc_buffer((M, C), "float32")
                         mass = T.sblock_alloc_buffer((M, C), "float32")
                         out = T.sblock_alloc_buffer((M, D), "float32")
                         for t in range(C):
-                            with T.sblock("inside"):
-                                vt = T.axis.spatial(C, t)
-                                age = T.meta_var((newest - (vc * C + vt) + ring) % ring)
-                                inside[vt] = T.Select(vc * C + vt < ring and age < count, 1, 0)
-                        for t in range(C):
                             with T.sblock("source"):
                                 vt = T.axis.spatial(C, t)
-                                source[vt] = T.Select(inside[vt] == 1, vc * C + vt, newest)
+                                at = T.meta_var(oldest[0] + T.min(vc * C + vt, count - 1))
+                                source[vt] = at - T.Select(at >= ring, ring, 0)
                         for m, t, d in T.grid(M, C, D):
                             with T.sblock("dot"):
                                 vm, vt, vd = T.axis.remap("SSR", [m, t, d])
@@ -129,13 +128,15 @@ def attend_window(key: KernelKey):
                             with T.sblock("score"):
                                 vm, vt = T.axis.remap("SS", [m, t])
                                 score[vm, vt] = T.Select(
-                                    inside[vt] == 1, dot[vm, vt], T.min_value("float32")
+                                    vc * C + vt < count, dot[vm, vt], T.min_value("float32")
                                 )
                         softmax(score, chunk_max, prob, chunk_sum)
                         for m, t in T.grid(M, C):
                             with T.sblock("mass"):
                                 vm, vt = T.axis.remap("SS", [m, t])
-                                mass[vm, vt] = T.Select(inside[vt] == 1, prob[vm, vt], T.float32(0))
+                                mass[vm, vt] = T.Select(
+                                    vc * C + vt < count, prob[vm, vt], T.float32(0)
+                                )
                         for m, d, t in T.grid(M, D, C):
                             with T.sblock("out"):
                                 vm, vd, vt = T.axis.remap("SSR", [m, d, t])
@@ -160,6 +161,6 @@ def attend_window(key: KernelKey):
                         )
                         T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
-                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, vh * M, X - 1)
+                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, vh * M, X - entry)
 
     return attend_window

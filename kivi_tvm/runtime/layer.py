@@ -82,7 +82,8 @@ class CacheLayer:
         self._value_args = (*values, *tables)
         self._fill_args = (*keys, *rings, *tables)
         # The hot path's are converted once: ten torch tensors cost 1.2 us in every call.
-        self._append_args = _frozen(*keys, *values, *rings, *tables)
+        no_keys = rings[0][:, :, :0]  # the keys that stay exact
+        self._append_args = _frozen(*keys, *values, *rings, no_keys, *tables)
         self._one = tvm_ffi.from_dlpack(cache.one)
         self._attend_args = _frozen(*keys, *values, *tables)
         self._window_args = _frozen(*rings, cache.state, cache.slots)
@@ -196,7 +197,7 @@ class CacheLayer:
         )
         if work is not None:
             kernels["attend"](*self._attend_args, work, q, scale, *parts)
-        kernels["attend_window"](*self._window_args, q, scale, *parts)
+        kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
         kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
         cache.leave(self.index)
         return (out, lse) if return_lse else out
@@ -281,7 +282,7 @@ class CacheLayer:
         lse = torch.empty(padded.shape[:2], device=q.device)
         if space.work is not None:
             kernels["extend_attend"](*self._extend_attend_args, space.work, padded, scale, *parts)
-        kernels["extend_window"](*self._extend_window_args, padded, scale, *parts)
+        kernels["extend_window"](*self._extend_window_args, padded, scale, 1, *parts)
         kernels["extend_new"](self._cache.slots, added, k, v, padded, first, scale, *parts)
         kernels["combine"](*self._extend_row_args, space.split, space.tail, *parts, result, lse)
         out.copy_(result.view(B, H, space.rows, D)[:, :, :used])
