@@ -5,6 +5,8 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+SUMMED_LANES = 4
+
 
 def largest_divisor(extent: int, limit: int) -> int:
     """The largest divisor of `extent` that is at most `limit`."""
@@ -44,37 +46,77 @@ def reduce_by_lanes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     sch.decompose_reduction(block, sch.get_loops(block)[-1])
 
 
+def register_tile(rows: int, vectors: int, accumulators: int) -> tuple[int, int]:
+    """Divisors of `rows` and `vectors` whose tile loads least for each multiplication.
+
+    A tile of `r` x `v` accumulators takes `r + v` loads for `r v` multiplications.
+    """
+    tiles = [
+        (r, v)
+        for r in range(1, rows + 1)
+        for v in range(1, vectors + 1)
+        if rows % r == 0 and vectors % v == 0 and r * v <= accumulators
+    ]
+    return min(tiles, key=lambda tile: sum(tile) / (tile[0] * tile[1]))
+
+
+def fill_registers(sch: Schedule, block: SBlockRV) -> None:
+    """Unroll and vectorize the innermost loops (row, vector, lane) of a register tile."""
+    row, vector, lane = sch.get_loops(block)[-3:]
+    sch.unroll(row)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+
+
 def contract_in_registers(
     sch: Schedule,
     block: SBlockRV,
     consumer: SBlockRV,
     rows: int,
+    vectors: int,
     lanes: int,
 ) -> None:
-    """Run a contraction as register tiles of `rows` x `lanes`, reduced outside the tile.
+    """Run a contraction as register tiles of `rows` x `vectors`, reduced outside the tile.
 
-    `block` has the loops (row, lane axis, *reduced), the last of them unrolled; its only consumer
-    is elementwise over (row, lane axis). Every code is unpacked once per tile for all its rows.
+    `block` has the loops (row, lane axis, *reduced), the last of several unrolled; its only
+    consumer is elementwise over (row, lane axis). Every code is unpacked once per tile for all its
+    rows. A vector has `lanes` elements, not the whole tile's: one of 80 is no power of two, and one
+    of 32 spans two groups of 16 (`attend` took 7 to 12 times as long).
     """
     row, lane = sch.get_loops(consumer)
     row_tile, row = split_off(sch, row, rows)
-    tile, lane = split_off(sch, lane, lanes)
-    sch.reorder(row_tile, tile, row, lane)
+    vector, lane = split_off(sch, lane, lanes)
+    tile, vector = split_off(sch, vector, vectors)
+    sch.reorder(row_tile, tile, row, vector, lane)
     sch.compute_at(block, tile, preserve_unit_loops=True)
     sch.set_scope(block, 0, "local")
-    sch.unroll(row)
-    sch.vectorize(lane)
-    first = len(sch.get_loops(consumer)) - 2  # compute_at put the block beside these
+    fill_registers(sch, consumer)
+    first = len(sch.get_loops(consumer)) - 3  # compute_at put the block beside these
     row, lane, *reduced = sch.get_loops(block)[first:]
-    sch.reorder(*reduced, row, lane)
+    vector, lane = split_off(sch, lane, lanes)
+    sch.reorder(*reduced, row, vector, lane)
     if len(reduced) > 1:
         sch.unroll(reduced[-1])
-    sch.unroll(row)
-    sch.vectorize(lane)
-    start = sch.decompose_reduction(block, reduced[0])
-    row, lane = sch.get_loops(start)[-2:]
-    sch.unroll(row)
-    sch.vectorize(lane)
+    fill_registers(sch, block)
+    fill_registers(sch, sch.decompose_reduction(block, reduced[0]))
+
+
+def dot_by_lanes(sch: Schedule, block: SBlockRV, rows: int, columns: int, lanes: int) -> None:
+    """Run dot products of contiguous operands in `lanes` partial results, as register tiles.
+
+    `block` has the loops (row, column, reduced axis); a tile has `rows` x `columns` results.
+    """
+    # 1. one partial result per lane
+    _, lane = split_off(sch, sch.get_loops(block)[-1], lanes)
+    partial = sch.rfactor(lane, factor_axis=-1)
+    row, column, step, lane = sch.get_loops(partial)
+    row_tile, row = split_off(sch, row, rows)
+    tile, column = split_off(sch, column, columns)
+    sch.reorder(row_tile, tile, step, row, column, lane)
+    fill_registers(sch, partial)
+    fill_registers(sch, sch.decompose_reduction(partial, step))
+    # 2. their sums, four lanes at a time instead of one scalar addition per lane
+    reduce_by_lanes(sch, block, SUMMED_LANES)
 
 
 def reduce_over_rows(sch: Schedule, block: SBlockRV, lanes: int) -> None:

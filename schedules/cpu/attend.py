@@ -25,10 +25,10 @@ ELEMENTWISE = (
 def attend(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend` for SIMD lanes and threads."""
     lanes = hardware.float32_lanes
-    tile = TILE_VECTORS * lanes
+    tile = TILE_ROWS, TILE_VECTORS
     # 1. contractions: codes are unpacked in registers, once for all rows of a tile
-    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE_ROWS, tile)
-    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE_ROWS, tile)
+    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), *tile, lanes)
+    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), *tile, lanes)
     # 2. reductions by lanes
     for name in ("q_zero", "max", "sum", "p_zero"):
         reduce_by_lanes(sch, sch.get_sblock(name), lanes)

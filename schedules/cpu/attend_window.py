@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from kivi_tvm.schedules.cpu.attend import TILE_ROWS, TILE_VECTORS
 from kivi_tvm.schedules.primitives import (
     contract_in_registers,
+    dot_by_lanes,
+    extent_of,
     parallelize,
     reduce_by_lanes,
+    register_tile,
     vectorize_last,
 )
 from kivi_tvm.targets import Hardware
 
 ELEMENTWISE = ("q_scaled", "start_acc", "prob", "mass", "new_acc", "keep_acc", "store_acc")
+ACCUMULATORS = 14  # registers of a tile; AVX2 has 16
 
 
 def attend_window(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend_window` for SIMD lanes and threads."""
     lanes = hardware.float32_lanes
-    out, chunk_acc = sch.get_sblock("out"), sch.get_sblock("chunk_acc")
-    contract_in_registers(sch, out, chunk_acc, TILE_ROWS, TILE_VECTORS * lanes)
-    for name in ("dot", "max", "sum"):
+    # 1. contractions
+    dot, out = sch.get_sblock("dot"), sch.get_sblock("out")
+    M, C, D = (extent_of(sch, loop) for loop in sch.get_loops(dot))
+    dot_by_lanes(sch, dot, *register_tile(M, C, ACCUMULATORS), lanes)
+    tile = register_tile(M, D // lanes, ACCUMULATORS)
+    contract_in_registers(sch, out, sch.get_sblock("chunk_acc"), *tile, lanes)
+    # 2. reductions by lanes, elementwise stages
+    for name in ("max", "sum"):
         reduce_by_lanes(sch, sch.get_sblock(name), lanes)
     for name in ELEMENTWISE:
         vectorize_last(sch, sch.get_sblock(name), lanes)
+    # 3. threads
     parallelize(sch, sch.get_sblock("row"))

@@ -7,11 +7,13 @@ from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
 from kivi_tvm.schedules.primitives import (
+    dot_by_lanes,
     extent_of,
     largest_divisor,
     parallelize,
     reduce_by_lanes,
     reduce_over_rows,
+    register_tile,
     split_off,
     vectorize_last,
 )
@@ -62,6 +64,26 @@ def double(a: T.handle, b: T.handle):
                     B[vr, vc] = A[vr, vc] * T.float32(2)
 
 
+@T.prim_func(s_tir=True)
+def products(a: T.handle, b: T.handle):
+    A = T.match_buffer(a, (6, 48), "float32")
+    B = T.match_buffer(b, (6, 6), "float32")
+    for r in range(1):
+        with T.sblock("tile"):
+            vr = T.axis.spatial(1, r)
+            S = T.sblock_alloc_buffer((6, 6), "float32")
+            for i, j, k in T.grid(6, 6, 48):
+                with T.sblock("dot"):
+                    vi, vj, vk = T.axis.remap("SSR", [i, j, k])
+                    with T.init():
+                        S[vi, vj] = T.float32(0)
+                    S[vi, vj] += A[vi, vk] * A[vj, vk]
+            for i, j in T.grid(6, 6):
+                with T.sblock("store"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    B[vr + vi, vj] = S[vi, vj]
+
+
 def run(schedule, shape):
     a, b = torch.randn(6, 48), torch.full(shape, float("nan"))
     tvm.compile(schedule.mod, target="llvm")["main"](a, b)
@@ -74,6 +96,14 @@ def run(schedule, shape):
 )
 def test_largest_divisor(extent, limit, expected):
     assert largest_divisor(extent, limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "vectors", "expected"),
+    [(4, 8, (2, 4)), (1, 8, (1, 8)), (7, 8, (7, 2)), (8, 5, (2, 5)), (71, 7, (1, 7))],
+)
+def test_register_tile(rows, vectors, expected):
+    assert register_tile(rows, vectors, 14) == expected
 
 
 def test_split_off():
@@ -103,3 +133,11 @@ def test_reduce_over_rows():
     reduce_over_rows(schedule, schedule.get_sblock("top"), 16)
     a, b = run(schedule, (48,))
     assert torch.equal(b, a.amax(0))
+
+
+@pytest.mark.parametrize(("rows", "columns", "lanes"), [(3, 2, 16), (1, 6, 8), (2, 3, 4)])
+def test_dot_by_lanes(rows, columns, lanes):
+    schedule = Schedule(products)
+    dot_by_lanes(schedule, schedule.get_sblock("dot"), rows, columns, lanes)
+    a, b = run(schedule, (6, 6))
+    torch.testing.assert_close(b, a @ a.T)
