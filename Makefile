@@ -1,5 +1,7 @@
 # The two commands are `make demo` and `make test`; both set up .venv when it is missing.
 PYTHON ?= python3
+# Processes of the tests; each uses one thread unless a test is about threads.
+JOBS ?= 2
 BIN := .venv/bin
 export TORCH
 
@@ -8,7 +10,7 @@ export TORCH
 
 help:
 	@echo "make demo   generate text with a 2-bit cache (TORCH=<requirement or wheel>, ARGS=...)"
-	@echo "make test   run the fast tests (ARGS=... for pytest)"
+	@echo "make test   run the fast tests (JOBS=2 processes, ARGS=... for pytest)"
 	@echo "make slow   run the slow tests"
 	@echo "make check  ruff and mypy"
 	@echo "make wheel  build dist/"
@@ -21,7 +23,7 @@ demo: venv
 	@$(BIN)/kivi-tvm demo $(ARGS)
 
 test: venv
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(BIN)/pytest -m "not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 slow: venv
 	@$(BIN)/pytest -m slow $(ARGS)

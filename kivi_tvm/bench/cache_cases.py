@@ -50,7 +50,7 @@ def ours(setup: Setup) -> Iterator[Case]:
         yield _case(setup.base.copy, name, methodcaller("crop", count), right)
     for name, (method, index) in arrangements(setup).items():
         right = partial(_has_rows, setup, index)
-        yield _case(setup.base.copy, name, methodcaller(method, index), right)
+        yield _case(setup.roomy, name, methodcaller(method, index), right)
     yield from _with_copies(setup)
 
 
@@ -101,7 +101,8 @@ def _with_copies(setup: Setup) -> Iterator[Case]:
     right = partial(_has_rows, setup, [0] * COPIES)
     yield _case(one.copy, f"repeat({COPIES})", methodcaller("repeat", COPIES), right)
     right = partial(_has_rows, setup, [*range(B), 0])
-    yield _case(base.copy, "fork", methodcaller("fork", 0), right)
+    yield _case(setup.roomy, "fork", methodcaller("fork", 0), right)
+    yield _case(base.copy, "fork, full pool", methodcaller("fork", 0), right)
     others = list(range(1, B))
     yield _case(
         base.copy,

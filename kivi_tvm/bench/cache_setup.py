@@ -85,6 +85,13 @@ class Setup:
         cache.crop(1)
         return cache
 
+    def roomy(self) -> Cache:
+        """A copy with free slots and pages, as after some steps: a full pool must grow first."""
+        cache, B = self.base.copy(), self.base.batch_size
+        cache.repeat(2)
+        cache.select(range(0, 2 * B, 2))
+        return cache
+
     def empty(self) -> Cache:
         """A cache of the same kind without tokens."""
         return self.module.new_cache(batch_size=self.base.batch_size, rollback=self.rollback)

@@ -23,8 +23,10 @@ One layer, a cache of the tokens and half a window more. Every time is the media
 of its own, and each operation's result was checked in the same run: contents equal those of rows
 picked by hand, or of a fresh cache, bit for bit; attention and prefill equal the reference. MB are
 pages and windows newly in use (given back if negative), for `save` those of the file; pages that
-rows share count once. Beside: what transformers' `DynamicCache` does for the same purpose to keys
-and values in full precision, in the model's dtype."""
+rows share count once. A full pool grows by a 48th when an operation needs pages, and is copied for
+it: `fork, full pool`, `repeat`. Beside: what transformers' `DynamicCache` does for the same purpose
+to keys and values in full precision, in the model's dtype; for `decode` and `extend` without the
+attention that ours includes."""
 
 
 def print_attention(records: Sequence[Record]) -> None:
@@ -110,7 +112,8 @@ def write_cache(path: Path, records: Sequence[CacheRecord], command: str) -> Non
         by_workload.setdefault(record.workload, []).append(record)
     environment = records[0].environment
     versions = ", ".join(f"{name} {number}" for name, number in environment.versions.items())
-    lines = ["# What operations on a cache cost", "", f"Written by `{command}`.", "", CACHE_NOTES]
+    written = f"Written by `{command} --markdown FILE`."
+    lines = ["# What operations on a cache cost", "", written, "", CACHE_NOTES]
     for group in by_workload.values():
         lines += ["", f"## {_cache_title(group[0])}", "", _markdown(CACHE_COLUMNS)]
         lines += [_markdown(["---" if i in (0, 4) else "--:" for i in range(len(CACHE_COLUMNS))])]

@@ -154,6 +154,8 @@ class KiviCache(Steps):
             else:
                 # Not its own reset: transformers 5.17 leaves zeros that would be attended to.
                 self.layers[i] = fresh[i]
+                if getattr(layer, "record_past", False):
+                    fresh[i].activate_past_recording()
         for store in self._stores:
             store.cache.reset()
             store.step = None

@@ -243,6 +243,17 @@ def test_sliding_layer_that_forgot_is_noticed_before_anything_changed():
     assert torch.equal(feed(model, cache, steps, mask)[0], feed(model, other, steps, mask)[0])
 
 
+def test_reset_goes_on_recording():
+    model = tiny_hybrid()
+    cache = ReferenceKiviCache(model.config)
+    cache.activate_past_recording()
+    feed(model, cache, [turn(40, 21)])
+    cache.reset()
+    feed(model, cache, [turn(40, 21)])
+    cache.crop(-4)
+    assert cache.lengths == [36, 17]
+
+
 def test_linear_layers():
     config = Lfm2Config(
         **TINY, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf.compare import compare
 from hf.tiny import pad, prompt, tiny_hybrid, tiny_llama
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from kivi_tvm.hf import KiviCache
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
@@ -70,6 +70,15 @@ def test_prompt_lookup():
     got = generate(model, cache, inputs, **options)
     assert_same(got, want)
     assert cache.rollback == 32
+
+
+def test_transformers_does_not_compile_by_itself():
+    """It would with a cache that says so, and ask for masks of a static size."""
+    model = tiny_llama()
+    want = generate(model, ReferenceKiviCache(model.config))
+    cache, config = ReferenceKiviCache(model.config), CompileConfig(backend="none of these")
+    config._compile_all_devices = True
+    assert_same(generate(model, cache, compile_config=config), want)
 
 
 @pytest.mark.slow
