@@ -29,15 +29,15 @@ def test_every_kind_of_kernel(cfg, window):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_every_length_and_count(window):
     """All positions of the cut among flushes and pages: one row per length."""
-    lengths = list(range(0, 5 * R + 2, 3))
-    for count in (1, 2, E - 1, E):
+    lengths = list(range(0, 4 * R + 2, 3))
+    for count in (1, E):
         cache, never, inputs = pair(SMALL, lengths, window=window, rollback=E)
         add(cache, count, [count] * len(lengths))
         assert cache.crop(count).exact
         assert_go_on_alike(cache, never, inputs)
 
 
-@pytest.mark.parametrize("rollback", [R - 1, R, 2 * R + 3])
+@pytest.mark.parametrize("rollback", [R, 2 * R + 3])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_rollback_of_whole_blocks(window, rollback):
     lengths = list(range(0, 4 * R + 2, 5))
@@ -57,7 +57,7 @@ def test_tokens_by_decode(window):
     assert_go_on_alike(cache, never, inputs)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.sampled_from(WINDOWS),
     st.lists(st.integers(0, 70), min_size=1, max_size=3),
@@ -90,7 +90,9 @@ def test_layers_are_rolled_back_together(window):
 
 @pytest.mark.parametrize("rollback", [0, E])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("cfg", [SMALL, WIDE], ids=["small", "wide"])
+@pytest.mark.parametrize(
+    "cfg", [SMALL, pytest.param(WIDE, marks=pytest.mark.slow)], ids=["small", "wide"]
+)
 def test_beyond_the_rollback(cfg, window, rollback):
     """The window is filled with what the codes say; the row goes on from there."""
     for count in (rollback + 1, cfg.R, 2 * cfg.R + 3, 5 * cfg.R):

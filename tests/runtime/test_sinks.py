@@ -34,8 +34,8 @@ def test_against_the_reference(sinks, window):
     twins = Twins(SMALL, 5, sink_tokens=sinks, window=window)
     twins.prefill([0, 1, 2, 3], [sinks - 1, sinks, sinks + 1, sinks + 3 * R])
     twins.check()
-    for _ in range(R + 2):
-        twins.decode()
+    for _ in range(4):
+        twins.decode(R // 4 + 1)
         twins.check()
     twins.extend([3 * R, 0, 1, sinks, 2 * sinks + R])
     twins.check()

@@ -168,7 +168,7 @@ def run(cfg, mode, examples, steps):
 
 @pytest.mark.parametrize("mode", MODES, ids=mode_id)
 def test_any_operations(mode):
-    run(SMALL, mode, examples=5, steps=25)
+    run(SMALL, mode, examples=2, steps=25)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ MODES = [
 ]
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.data(), st.sampled_from(MODES))
 def test_any_surgery_equals_deep_copies(data, mode):
     family = Family(SMALL, 3, **mode)
