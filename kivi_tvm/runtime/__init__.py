@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from kivi_tvm.runtime.authors import AuthorsCache, from_authors, to_authors
 from kivi_tvm.runtime.cache import Cache
 from kivi_tvm.runtime.layer import CacheLayer
 from kivi_tvm.runtime.module import Module, build, load
+from kivi_tvm.runtime.persistence import CacheFileError
+from kivi_tvm.runtime.rollback import Cropped
 
-__all__ = ["Cache", "CacheLayer", "Module", "build", "load"]
+__all__ = [
+    "AuthorsCache",
+    "Cache",
+    "CacheFileError",
+    "CacheLayer",
+    "Cropped",
+    "Module",
+    "build",
+    "from_authors",
+    "load",
+    "to_authors",
+]
