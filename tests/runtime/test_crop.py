@@ -122,6 +122,19 @@ def test_refilled_counts_by_hand():
     assert twins.cache.report()["refilled"] == [0]
 
 
+def test_stand_ins_are_restored_like_exact_keys():
+    """Taken back too far into a block, which is then completed and reopened."""
+    twins = Twins(SMALL, 2, layers=1, rollback=E)
+    twins.prefill([0, 1], [6 * R, 6 * R + 1])
+    assert all(twins.crop([2 * R + 8, 2 * R + 3]).refilled)
+    twins.extend([R - 6, R - 6])
+    twins.check()
+    assert twins.crop(E).exact
+    twins.check()
+    twins.decode(R)
+    twins.check()
+
+
 def test_a_window_of_prompt_tokens_stays_exact():
     """Without rollback, what the window still holds is exact: no key block is reopened."""
     twins = Twins(SMALL, 1, layers=1)

@@ -49,6 +49,25 @@ def test_decode(mode, layers):
     run.go_on()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_quiet_steps(mode):
+    """Steps without host work, each failing at one event: a failure makes the next one thorough."""
+    run = Run(mode, 1, [2 * R + 6, R + 6])
+    x = run.inputs([1, 1])[0]
+    for at in range(12):
+        for cache in (run.cache, run.other):
+            cache.decode(x.q[0], x.k_new[0], x.v_new[0])
+            cache.crop(1)
+            cache.decode(x.q[0], x.k_new[0], x.v_new[0])
+        before = observe_all(run.cache)
+        with pytest.raises(Interrupted), Fault(run.cache, at, Interrupted):
+            run.cache.decode(x.q[0], x.k_new[0], x.v_new[0])
+        assert_same_sight(observe_all(run.cache), before, f"event {at}")
+        for cache in (run.cache, run.other):
+            cache.crop(1)
+    run.go_on()
+
+
 @modes(("kivi", 1), ("all", 3))
 def test_extend(mode, layers):
     run, counts = Run(mode, layers), [20, 1, 2 * P, 0]
