@@ -160,4 +160,4 @@ class KiviCache(Steps):
             store.cache.reset()
             store.step = None
         self.pending = self._step = self._history = None
-        self._in_rounds = False
+        self._in_rounds, self._round_tokens = False, 0

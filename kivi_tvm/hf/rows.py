@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from operator import index
 from typing import Any, NoReturn, Self
 
 import torch
@@ -21,6 +22,7 @@ from kivi_tvm.hf.support import ATTENTION_NAME, check_room, columns_to_remove, u
 # `num_assistant_tokens`), 10 of prompt lookup in its documentation.
 CANDIDATES = 32
 # The "heuristic" schedule adds 2 candidates after each round that accepted all, without a bound.
+CANDIDATE_STEP = 2
 MOST_CANDIDATES = 256
 
 
@@ -37,6 +39,7 @@ class RowOperations(Cache):
     _history: Tensor | None
     _rollback_is_ours: bool
     _in_rounds = False
+    _round_tokens = 0
     _has_warned = False
 
     def check_not_pending(self) -> None:
@@ -53,11 +56,11 @@ class RowOperations(Cache):
     def activate_past_recording(self) -> None:
         """Prepare for `crop`: called by transformers at the start of assisted generation.
 
-        Unless `rollback` was given, it becomes 32 tokens; rounds of more candidates than that
-        raise it further, up to 256.
+        Unless `rollback` was given, it becomes 32 tokens; a round of more candidates than that
+        raises it further for the next ones, up to 256.
         """
         self._check_between_forwards("activate_past_recording")
-        self._in_rounds = False
+        self._in_rounds, self._round_tokens = False, 0
         if self._rollback_is_ours:
             self._raise_rollback(CANDIDATES)
         for layer in self.layers:
@@ -86,11 +89,11 @@ class RowOperations(Cache):
         """
         self._check_between_forwards("crop")
         columns = self._columns
-        count = columns_to_remove(int(tokens_to_remove), columns)
+        count = columns_to_remove(index(tokens_to_remove), columns)
         check_croppable(self._others, count)
-        self._in_rounds = True
         if not columns:
             return
+        self._after_round()
         if count:
             self._crop_rows(tokens_of_last(self._history, self._rows, columns, count))
             if self._history is not None:
@@ -115,6 +118,13 @@ class RowOperations(Cache):
                 stacklevel=3,
             )
 
+    def _after_round(self) -> None:
+        """Make rounds as large as the last one, and what comes next, possible to take back."""
+        candidates = self._round_tokens - 1 + CANDIDATE_STEP
+        if self._rollback_is_ours and self.rollback < candidates <= MOST_CANDIDATES:
+            self._raise_rollback(-(-candidates // CANDIDATES) * CANDIDATES)
+        self._in_rounds, self._round_tokens = True, 0
+
     def _raise_rollback(self, tokens: int) -> None:
         self.rollback = max(self.rollback, tokens)
         for store in self._stores:
@@ -122,11 +132,10 @@ class RowOperations(Cache):
                 store.cache.enable_rollback(self.rollback)
 
     def _before_step(self, step: Step) -> None:
-        """Make it possible to take `step` back, and forget what its mask newly hides."""
-        candidates = step.tokens - 1
-        in_rounds = self._in_rounds and self._rollback_is_ours and self.rollback
-        if in_rounds and self.rollback < candidates <= MOST_CANDIDATES:
-            self._raise_rollback(-(-candidates // CANDIDATES) * CANDIDATES)
+        """Note whether `step` is a round of candidates, and forget what its mask newly hides."""
+        # Only a step between two crops was a round: a chat's next turn is followed by none.
+        self._round_tokens = step.tokens if self._in_rounds else 0
+        self._in_rounds = False
         if step.rewind is not None:
             stored = self._stores[0].cache.lengths
             kept = [a - b for a, b in zip(stored, step.rewind.lengths, strict=True)]
@@ -138,31 +147,33 @@ class RowOperations(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes a copy of old row `beam_idx[i]`: beam search."""
+        beam_idx = torch.as_tensor(beam_idx)
         self._rearrange("reorder_cache", beam_idx, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after another."""
-        index = torch.arange(self._rows).repeat_interleave(repeats)
-        self._rearrange("batch_repeat_interleave", repeats, index)
+        rows = torch.arange(self._rows).repeat_interleave(repeats)
+        self._rearrange("batch_repeat_interleave", repeats, rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row `i` becomes old row `indices[i]`; a bool mask keeps the rows where it is True."""
-        index = torch.arange(self._rows, device=indices.device)[indices]
-        self._rearrange("batch_select_indices", indices, index)
+        indices = torch.as_tensor(indices)
+        rows = torch.arange(self._rows, device=indices.device)[indices]
+        self._rearrange("batch_select_indices", indices, rows)
 
-    def _rearrange(self, name: str, argument: Any, index: Tensor) -> None:
-        """Rows `index` for KIVI layers, and `name(argument)` for the others."""
+    def _rearrange(self, name: str, argument: Any, chosen: Tensor) -> None:
+        """Rows `chosen` for KIVI layers, and `name(argument)` for the others."""
         self._check_between_forwards(name)
         check_rearrangeable(self._others, name)
         if not self._columns:
             return
-        rows: list[int] = index.tolist()
+        rows: list[int] = chosen.tolist()
         for store in self._stores:
             store.select(rows)
         for i in self._kivi:
             self.layers[i].batch_size = len(rows)
         if self._history is not None:
-            self._history = self._history[index.to(self._history.device)]
+            self._history = self._history[chosen.to(self._history.device)]
         for layer in self._others.values():
             getattr(layer, name)(argument)
 

@@ -132,13 +132,17 @@ def from_authors(layer: CacheLayer, stored: AuthorsCache) -> None:
     _check_parts(cache, stored)
     added = [stored.kv_seq_len] * cache.batch_size
     cache.check_can_prefill(added)
-    cache.enter(layer.index, stored.kv_seq_len, added)
-    for i, row in enumerate(cache.rows.rows):
-        # Nothing older than the window can be taken back exactly.
-        row.values_from = layout.packed_values(cache.cfg, row.length)
-        row.keys_from = layout.packed_keys(cache.cfg, row.length)
-        parts = {name: part[i] for name, part in _tensors(stored) if part is not None}
-        _row_from_authors(layer, row.slot, parts)
+    began = cache.enter(layer.index, stored.kv_seq_len, added)
+    try:
+        for i, row in enumerate(cache.rows.rows):
+            # Nothing older than the window can be taken back exactly.
+            row.values_from = layout.packed_values(cache.cfg, row.length)
+            row.keys_from = layout.packed_keys(cache.cfg, row.length)
+            parts = {name: part[i] for name, part in _tensors(stored) if part is not None}
+            _row_from_authors(layer, row.slot, parts)
+    except BaseException:
+        cache.abandon(began)
+        raise
     cache.leave(layer.index)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from kivi_tvm.runtime import persistence, transfer
 from kivi_tvm.runtime import rollback as rewinding
-from kivi_tvm.runtime.checks import check_count, check_ints, check_rows
+from kivi_tvm.runtime.checks import as_int, check_count, check_ints, check_rows
 from kivi_tvm.runtime.layer import CacheLayer
 from kivi_tvm.runtime.rollback import Cropped
 from kivi_tvm.runtime.rows import Row
@@ -108,12 +108,15 @@ class Cache(SteppedCache):
 
         Raises
         ------
-        IndexError
-            There is no such layer.
+        TypeError, IndexError
+            `index` is no int, or there is no such layer.
         """
-        if not 0 <= index < self.num_layers:
+        number = as_int(index)
+        if number is None:
+            raise TypeError(f"`index` must be an int, got {index!r}")
+        if not 0 <= number < self.num_layers:
             raise IndexError(f"`index` must be in 0..{self.num_layers - 1}, got {index}")
-        return self.layers[index]
+        return self.layers[number]
 
     def __repr__(self) -> str:
         return (
@@ -186,7 +189,7 @@ class Cache(SteppedCache):
             A step is open.
         """
         self._check_no_step()
-        if isinstance(c, int):
+        if isinstance(c, bool) or as_int(c) is not None:
             counts = [check_count("c", c) * active for active in self.active]
         else:
             counts = check_ints("c", c)
@@ -280,7 +283,7 @@ class Cache(SteppedCache):
             A step is open.
         """
         self._check_no_step()
-        self._check_active(row)
+        row = self._active_row(row)
         index = list(range(self.batch_size))
         target = self.active.index(False) if not all(self.active) else self.batch_size
         index[target : target + 1] = [row]
@@ -298,7 +301,7 @@ class Cache(SteppedCache):
             A step is open.
         """
         self._check_no_step()
-        self._check_active(row)
+        row = self._active_row(row)
         with self.all_or_nothing([]):
             self.pages.release(self.rows.rows[row].slot)
             self.rows.rows[row] = Row()
@@ -328,6 +331,14 @@ class Cache(SteppedCache):
         self._check_no_step()
         return transfer.copy(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """`copy`: the kernels are shared."""
+        memo[id(self)] = new = self.copy()
+        return new
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a cache cannot be pickled: use `cache.save` and `module.load_cache`")
+
     def save(self, path: str | Path) -> None:
         """Write everything that the rows hold to a safetensors file; `Module.load_cache` reads it.
 
@@ -346,15 +357,19 @@ class Cache(SteppedCache):
         self._check_no_step()
         persistence.save(self, path)
 
-    def _check_active(self, row: int) -> None:
-        if not isinstance(row, int) or isinstance(row, bool):
+    def _active_row(self, row: int) -> int:
+        found = as_int(row)
+        if found is None:
             raise TypeError(f"`row` must be an int, got {row!r}")
-        if not 0 <= row < self.batch_size or not self.active[row]:
+        if not 0 <= found < self.batch_size or not self.active[found]:
             rows = [i for i, active in enumerate(self.active) if active]
             raise ValueError(f"`row` must be one of the active rows {rows}, got {row}")
+        return found
 
     def reserve(self, tokens: int) -> None:
         """Take the memory for `tokens` tokens of every active row now.
+
+        A row that `crop` makes shorter gives pages back to the pool, where all rows may take them.
 
         Raises
         ------

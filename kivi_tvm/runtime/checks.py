@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,17 +127,30 @@ def check_ints(name: str, numbers: object) -> list[int]:
     TypeError
         Not a sequence or 1-D tensor of ints.
     """
+    if isinstance(numbers, np.ndarray):
+        numbers = torch.from_numpy(numbers)
     if isinstance(numbers, Tensor):
         if numbers.dtype.is_floating_point or numbers.dtype == torch.bool or numbers.ndim != 1:
             raise TypeError(
                 f"`{name}` must be a 1-D tensor of ints, got {numbers.ndim}-D {numbers.dtype}"
             )
         numbers = numbers.tolist()
-    if not isinstance(numbers, Sequence) or any(
-        not isinstance(n, int) or isinstance(n, bool) for n in numbers
-    ):
+    found = [as_int(n) for n in numbers] if isinstance(numbers, Sequence) else [None]
+    if None in found:
         raise TypeError(f"`{name}` must be a list of ints, got {numbers!r}")
-    return list(numbers)
+    return [n for n in found if n is not None]
+
+
+def as_int(number: object) -> int | None:
+    """`number` if it is an int of any library but no bool, else None."""
+    if isinstance(number, (bool, np.bool_)):
+        return None
+    if isinstance(number, Tensor) and (number.ndim or number.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def check_count(name: str, count: object, least: int = 0) -> int:
@@ -146,9 +161,10 @@ def check_count(name: str, count: object, least: int = 0) -> int:
     ValueError
         It is not.
     """
-    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+    found = as_int(count)
+    if found is None or found < least:
         raise ValueError(f"`{name}` must be an int of at least {least}, got {count!r}")
-    return count
+    return found
 
 
 def span(x: Tensor) -> int:

@@ -274,7 +274,8 @@ class CacheLayer:
         itself and those before it. Codes are read once for up to 16 tokens (`extend_rows` of the
         kernel key); more go through in passes. What is stored equals the tokens appended one by
         one, bit for bit; the outputs do not equal those of `decode` wherever a key block or a
-        value was quantized on the way.
+        value was quantized on the way. A pass computes the queries of 16 tokens, however few there
+        are: on a CPU, where that bounds it, it takes as long as some 16 decodes' attention.
 
         Parameters
         ----------
@@ -376,7 +377,13 @@ class CacheLayer:
         -------
         k, v : Tensor
             `[B, H_kv, L, D]` in the model dtype, `L` the longest row; shorter rows end in zeros.
+
+        Raises
+        ------
+        RuntimeError
+            The open step's tokens are still to come to this layer.
         """
+        self._cache.check_done(self.index)
         cache, held, windows = self._cache, self._cache.rows, self.windows
         B, H_kv, D = self._token_shape
         bodies = held.bodies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -118,7 +119,28 @@ class PageTable:
         owned = self._owned[slot]
         return [i for i in range(first, len(owned)) if self._references[owned[i]] > 1]
 
-    def separate(self, slot: int, numbers: list[int]) -> list[tuple[int, int]]:
+    def copies_to_reopen(self, firsts: dict[int, int]) -> int:
+        """Pages that `reopen` takes from the pool."""
+        wanted = Counter(
+            self._owned[slot][i]
+            for slot, first in firsts.items()
+            for i in self.shared_from(slot, first)
+        )
+        return sum(min(n, self._references[page] - 1) for page, n in wanted.items())
+
+    def reopen(self, firsts: dict[int, int]) -> list[tuple[int, int]]:
+        """Let every slot be the only owner of its pages from a number on, by copies.
+
+        Returns (page, its copy) for the caller to fill. The last owner keeps a page, so that none
+        becomes free, and a copy of another, before it was read.
+        """
+        return [
+            pair
+            for slot, first in firsts.items()
+            for pair in self._separate(slot, self.shared_from(slot, first))
+        ]
+
+    def _separate(self, slot: int, numbers: list[int]) -> list[tuple[int, int]]:
         """Exchange a slot's pages of these numbers for copies; returns (page, its copy)."""
         owned = list(self._owned[slot])
         pairs = [

@@ -59,15 +59,16 @@ def save(cache: Cache, path: str | Path) -> None:
     Raises
     ------
     CacheFileError
-        The directory does not exist.
+        `path` is a directory, or in none that exists.
     OSError
         The file cannot be written; what was at `path` is still there.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
-    if not path.parent.is_dir():
-        raise CacheFileError(f"`path` must be in an existing directory, got {str(path)!r}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise CacheFileError(f"`path` must be a file in an existing directory, got {str(path)!r}")
     contents, places = transfer.describe(cache)
     tensors = {
         _key(layer.index, name): tensor
@@ -76,7 +77,13 @@ def save(cache: Cache, path: str | Path) -> None:
     }
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
         whole = Path(scratch) / path.name
-        save_file(tensors, whole, metadata=_metadata(cache.cfg, contents))
+        whole.touch()
+        mode = (path if path.exists() else whole).stat().st_mode
+        try:
+            save_file(tensors, whole, metadata=_metadata(cache.cfg, contents))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        whole.chmod(mode)  # the library makes files that only their writer can read
         os.replace(whole, path)
 
 

@@ -68,7 +68,7 @@ class CachePool:
         width = max((layout.num_pages(self.cfg, n) for n in packed.values()), default=0)
         if width > self.pages.width:
             # Room for more than one block ahead, so that steps rarely change the launch shapes.
-            self._is_bound = False
+            self._unbind()
             self.pages.reshape(self.rows.capacity, width + width // 4)
             self.bind()
         self.pages.assign(packed)
@@ -78,7 +78,7 @@ class CachePool:
         if missing:
             capacity = self.pages.capacity
             capacity += max(missing, capacity // GROWTH_SHARE)
-            self._is_bound = False
+            self._unbind()
             for layer in self.layers:
                 layer.memory.grow_pages(capacity)
                 layer.bind()
@@ -88,7 +88,7 @@ class CachePool:
     def make_slots(self, capacity: int) -> None:
         """Let there be windows and lines of the tables for so many sequences."""
         if capacity > self.rows.capacity:
-            self._is_bound = False
+            self._unbind()
             for layer in self.layers:
                 layer.memory.grow_windows(capacity, self.rows.rollback)
             self.pages.reshape(capacity, self.pages.width)
@@ -142,13 +142,17 @@ class CachePool:
         self._advance_one = (state, slots, one, self.cfg.R)
         self._quiet_tensors = (one, slots)
 
+    def _unbind(self) -> None:
+        """Note that buffers are about to be replaced: the next step must not begin quietly."""
+        self._is_bound, self._quiet_steps = False, 0
+
     def bind(self) -> None:
         """Hand all layers the buffers that kernels take; after any was replaced.
 
         `_is_bound` is false from the first replacement until this is done, so that whatever
         interrupts it, no kernel sees the old ones.
         """
-        self._is_bound, self._quiet_steps = False, 0
+        self._unbind()
         if not len(self.rows) == len(self.rows.slots) == len(self.lse):
             self.rows.resize()
             self._make_workspace()

@@ -52,16 +52,14 @@ def crop(cache: Cache, counts: list[int]) -> Cropped:
     cfg, rows, pages = cache.cfg, cache.rows, cache.pages
     after = [row.length - count for row, count in zip(rows.rows, counts, strict=True)]
     plans = [_plan(cache, row, length) for row, length in zip(rows.rows, after, strict=True)]
-    bodies = {row.slot: rows.body(n) for row, n in zip(rows.rows, after, strict=True)}
-    bodies.pop(NO_SLOT, None)
-    reopened = {
-        slot: pages.shared_from(slot, layout.packed_values(cfg, body) // cfg.P)
-        for slot, body in bodies.items()
+    bodies = {
+        row.slot: rows.body(n) for row, n in zip(rows.rows, after, strict=True) if n < row.length
     }
-    cache.make_pages(pages.missing({}, copies=sum(map(len, reopened.values()))))
+    written = {slot: layout.packed_values(cfg, body) // cfg.P for slot, body in bodies.items()}
+    cache.make_pages(pages.missing({}, copies=pages.copies_to_reopen(written)))
     changed = [plan for plan in plans if plan.values or plan.keys or plan.restored]
     with cache.all_or_nothing([plan.slot for plan in changed]):
-        copies = [p for slot, numbers in reopened.items() for p in pages.separate(slot, numbers)]
+        copies = pages.reopen(written)
         for layer in cache.layers:
             layer.memory.copy_pages(copies)
             for plan in changed:

@@ -199,6 +199,8 @@ class SteppedCache(CachePool):
     def enter(self, index: int, n: int, added: list[int] | None = None) -> bool:
         """Layer `index` joins the step with `n` tokens per row; true if that began the step.
 
+        Without `added` every active row gets `n` tokens, and no inactive one.
+
         Raises
         ------
         RuntimeError
@@ -206,6 +208,8 @@ class SteppedCache(CachePool):
         """
         step = self._step
         if step is None:
+            if added is None and not self._quiet_steps and not any(self.rows.active):
+                added = [0] * len(self.rows)
             self.begin(n, added)
             return True
         if index not in step.todo:
@@ -270,6 +274,11 @@ class SteppedCache(CachePool):
         if self._step is None:
             return self.rows.lengths
         return [n - new for n, new in zip(self.rows.lengths, self._step.lengths, strict=True)]
+
+    def check_done(self, index: int) -> None:
+        """Raise if layer `index` is still to be called in the open step."""
+        if self._step is not None and index in self._step.todo:
+            raise RuntimeError(f"layer {index} was not called yet in the open step")
 
     def _check_no_step(self) -> None:
         if self._step is not None:

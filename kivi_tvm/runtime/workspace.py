@@ -67,7 +67,8 @@ class Workspace:
         R, split = self._cfg.R, self.split
         packed = (layout.packed_values(self._cfg, length) for length in lengths)
         rows = zip(packed, lengths, strict=True)
-        return min(-tokens % split if tokens else R - length for tokens, length in rows)
+        steps = (-tokens % split if tokens else R - length for tokens, length in rows)
+        return min(steps, default=0)
 
     @outside_inference_mode
     def _allocate(self, splits: int) -> None:

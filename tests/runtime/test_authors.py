@@ -20,6 +20,7 @@ from pools import assert_same_bits
 
 from kivi_tvm import reference
 from kivi_tvm.errors import UserError
+from kivi_tvm.runtime import authors
 from kivi_tvm.runtime.authors import AuthorsCache, from_authors, to_authors
 
 CFG = with_window(FEW[2], 32)
@@ -183,3 +184,22 @@ def test_only_into_an_empty_cache_that_fits():
     with pytest.raises(ValueError, match="`max_tokens`=49"):
         from_authors(small.layer(0), STORED)
     assert small.lengths == [0, 0]
+
+
+def test_a_failure_undoes_the_step_it_began(monkeypatch):
+    cfg = FEW[0]
+    inputs = draw(cfg, 70)
+    cache, other = new_cache(cfg), new_cache(cfg)
+    cache.prefill(inputs.k, inputs.v)
+    stored = to_authors(cache.layer(0))
+
+    def broken(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(authors, "_row_from_authors", broken)
+    with pytest.raises(MemoryError):
+        from_authors(other.layer(0), stored)
+    assert other.lengths == [0]
+    monkeypatch.undo()
+    from_authors(other.layer(0), stored)
+    assert_same_contents(other, 0, cache, 0)

@@ -1,5 +1,6 @@
 """What a cache refuses: the error names argument, rule and value, and nothing has changed."""
 
+import numpy as np
 import pytest
 import torch
 from caches import assert_same_outputs, assert_unchanged, feed, new_cache, snapshot
@@ -234,3 +235,20 @@ def test_calls_on_a_cache_of_several_layers(inputs, call):
     args["decode"] = inputs.q[0], inputs.k_new[0], inputs.v_new[0]
     words = [f"cache.{call}", "num_layers=1", "got 2", f"cache.layer(i).{call}"]
     refused(cache, ValueError, words, lambda: getattr(cache, call)(*args[call]))
+
+
+def test_numbers_of_other_libraries():
+    cache = new_cache(CFG, 2)
+    inputs = draw(CFG, 9)
+    k = inputs.k.repeat(2, 1, 1, 1)
+    cache.prefill(k, k, rows=np.array([1, 0]))
+    assert cache.crop(np.int64(2)).exact and cache.crop(torch.tensor([1, 0])).exact
+    cache.reorder(np.array([1, 0]))
+    assert cache.lengths == [7, 6] and cache.fork(np.int32(0)) == 2
+    cache.repeat(np.int64(2))
+    assert cache.lengths == [7, 7, 6, 6, 7, 7]
+    for wrong in (True, 1.0, np.bool_(True), torch.tensor([True] * 6), np.ones(6)):
+        with pytest.raises((TypeError, ValueError), match="`c`"):
+            cache.crop(wrong)
+    with pytest.raises(TypeError, match="`index`"):
+        cache.layer("0")

@@ -158,3 +158,16 @@ def test_tensors_have_one_entry_per_row_named():
         cache.prefill(inputs.k, inputs.v, [1], rows=[0, 1])
     assert "`lengths`" in str(error.value)
     assert cache.lengths == [0, 0]
+
+
+def test_no_row_is_active():
+    inputs = draw(SMALL, 9, steps=1)
+    cache = new_cache(SMALL, 1)
+    cache.prefill(inputs.k, inputs.v)
+    cache.free(0)
+    out, lse = cache.decode(inputs.q[0], inputs.k_new[0], inputs.v_new[0], return_lse=True)
+    assert (out == 0).all() and (lse == -float("inf")).all()
+    cache.prefill(inputs.k, inputs.v, lengths=[0])
+    assert cache.lengths == [0] and cache.active == [False]
+    cache.prefill(inputs.k, inputs.v)
+    assert cache.lengths == [9] and cache.active == [True]

@@ -1,5 +1,8 @@
 """Steps over several layers, growth, reservation and bytes of a cache."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from caches import (
@@ -178,3 +181,24 @@ def test_reset_drops_a_step_that_is_not_finished():
         cache.layer(i).prefill(inputs.k, inputs.v)
     assert cache.lengths == [40]
     assert torch.equal(cache.layer(0).dequantize()[0], cache.layer(1).dequantize()[0])
+
+
+def test_a_layer_that_was_not_called_yet_cannot_be_read():
+    cfg = FEW[0]
+    inputs = draw(cfg, 20)
+    cache = new_cache(cfg, num_layers=2)
+    cache.layer(0).prefill(inputs.k, inputs.v)
+    assert cache.layer(0).dequantize()[0].shape[2] == 20
+    with pytest.raises(RuntimeError, match="layer 1 was not called"):
+        cache.layer(1).dequantize()
+
+
+def test_deepcopy_copies_and_pickle_says_what_to_use():
+    inputs = draw(FEW[0], 40)
+    cache = new_cache(FEW[0])
+    cache.prefill(inputs.k, inputs.v)
+    copied = copy.deepcopy(cache)
+    cache.crop(40)
+    assert copied.lengths == [40] and cache.lengths == [0]
+    with pytest.raises(TypeError, match=r"cache\.save"):
+        pickle.dumps(cache)

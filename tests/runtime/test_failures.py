@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from caches import assert_same_contents, contents, new_cache
 from faults import (
     MODES,
     Broken,
@@ -15,7 +16,11 @@ from faults import (
     fail_everywhere,
     observe_all,
 )
+from inputs import draw
+from pools import assert_same_bits
 from twins import SMALL
+
+from kivi_tvm.runtime.memory import LayerMemory
 
 
 def modes(*fast):
@@ -194,3 +199,66 @@ def test_reset_after_a_failure_in_an_open_step():
     for cache in (run.cache, run.other):
         cache.reset()
     run.go_on()
+
+
+@pytest.mark.parametrize("operation", ["fork", "crop"])
+def test_steps_after_a_failed_growth_use_what_grew(operation, monkeypatch):
+    """Quiet steps must not write to buffers that the next growth leaves behind."""
+    caches = []
+    for fails in (True, False):
+        inputs = draw(SMALL, 2 * P + 1, steps=R // 2, seed=1)
+        cache = new_cache(SMALL, 2)
+        cache.free(1)
+        cache.prefill(inputs.k, inputs.v, rows=[0])
+        if operation == "crop":
+            cache.fork(0)
+        steps = [
+            x.repeat(1, 2, *[1] * (x.ndim - 2)) for x in (inputs.q, inputs.k_new, inputs.v_new)
+        ]
+        for i in range(2):
+            cache.decode(*(x[i] for x in steps))
+        if fails:
+            plain = LayerMemory._grown
+
+            def grown(memory, old, buffer, plain=plain, cache=cache):
+                if memory.pages["v_code"].shape[0] > cache.pages.capacity:
+                    raise Broken
+                return plain(memory, old, buffer)
+
+            monkeypatch.setattr(LayerMemory, "_grown", grown)
+            with pytest.raises(Broken):
+                cache.fork(0) if operation == "fork" else cache.crop(R + 9)
+            monkeypatch.undo()
+        for i in range(2, len(inputs.q)):
+            cache.decode(*(x[i] for x in steps))
+        cache.bind()
+        caches.append(cache)
+    for row in range(1 + (operation == "crop")):
+        assert_same_contents(caches[0], row, caches[1], row)
+
+
+def test_a_failed_crop_of_many_owners_writes_to_no_page_of_theirs(monkeypatch):
+    cache = new_cache(SMALL, 2, num_layers=2)
+    inputs = draw(SMALL, 5 * P + 1, [5 * P + 1, 5 * P])
+    cache.begin(5 * P + 1, inputs.lengths)
+    for i in range(2):
+        cache.layer(i).prefill(inputs.k, inputs.v, inputs.lengths)
+    cache.repeat(2)
+    before = [[contents(cache, row, i) for row in range(4)] for i in range(2)]
+    plain, last = LayerMemory.copy_pages, cache.layer(1).memory
+
+    def copy_pages(memory, pairs):
+        targets = [target for _, target in pairs]
+        assert not set(targets) & {source for source, _ in pairs}
+        if memory is last:
+            raise Broken
+        plain(memory, pairs)
+
+    monkeypatch.setattr(LayerMemory, "copy_pages", copy_pages)
+    with pytest.raises(Broken):
+        cache.crop(2 * P)
+    for i, rows in enumerate(before):
+        for row, expected in enumerate(rows):
+            found = contents(cache, row, i)
+            for name, tensor in expected.items():
+                assert_same_bits(found[name], tensor, f"layer {i} row {row} {name}")

@@ -233,7 +233,7 @@ def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
 
 def test_a_bad_path(tmp_path):
     cache = filled(CFG, [3])
-    with pytest.raises(CacheFileError, match="`path` must be in an existing directory"):
+    with pytest.raises(CacheFileError, match="`path` must be a file in an existing directory"):
         cache.save(tmp_path / "no" / "cache")
     with pytest.raises(FileNotFoundError):
         module(CFG).load_cache(tmp_path / "absent")
@@ -363,3 +363,15 @@ def test_metadata_says_what_the_file_is(original):
     assert found.keys() == {
         "format", "format_version", "kivi_tvm", "pack_order", "config", "contents"
     }  # fmt: skip
+
+
+def test_a_file_has_the_mode_of_other_files(tmp_path):
+    (tmp_path / "plain").touch()
+    cache = new_cache(FEW[0])
+    cache.save(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "new").chmod(0o640)
+    cache.save(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(CacheFileError, match="`path` must be a file"):
+        cache.save(tmp_path)
