@@ -132,16 +132,28 @@ def test_recording_keeps_the_rollback_that_was_given(llama):
 
 
 def test_rounds_of_many_candidates_raise_rollback(llama):
+    """As the "heuristic" schedule adds them: the next round can be taken back before it comes."""
     cache = new_cache(llama)
     cache.activate_past_recording()
     _, mask = feed(llama, cache, [turn(90)])
-    _, mask = feed(llama, cache, [turn(50, seed=1)], mask)
-    assert cache.rollback == CANDIDATES  # a chat's turn, not candidates: no crop came before
     cache.crop(0)
-    feed(llama, cache, [turn(50, seed=2)], mask)
-    assert cache.rollback == 2 * CANDIDATES
-    cache.crop(-49)
-    assert cache.report()["refilled"] == [0]
+    for candidates, rollback in [(30, 1), (32, 2), (34, 2)]:
+        _, longer = feed(llama, cache, [turn(1 + candidates, seed=candidates)], mask)
+        cache.crop(-candidates)
+        mask = longer[:, : longer.shape[1] - candidates]
+        assert cache.rollback == rollback * CANDIDATES
+        assert cache.report()["refilled"] == [0]
+
+
+def test_the_next_turn_of_a_chat_is_no_round_of_candidates(llama):
+    cache = new_cache(llama)
+    cache.activate_past_recording()
+    _, mask = feed(llama, cache, [turn(90)])
+    cache.crop(-1)
+    _, mask = feed(llama, cache, [turn(50, seed=1)], mask[:, :-1])
+    _, mask = feed(llama, cache, [turn(1, seed=2)], mask)
+    cache.crop(0)
+    assert cache.rollback == CANDIDATES
 
 
 def rearranged(cache, index):
