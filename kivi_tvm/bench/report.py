@@ -26,7 +26,7 @@ pages and windows newly in use (given back if negative), for `save` those of the
 rows share count once. A full pool grows by a 48th when an operation needs pages, and is copied for
 it: `fork, full pool`, `repeat`. Beside: what transformers' `DynamicCache` does for the same purpose
 to keys and values in full precision, in the model's dtype; for `decode` and `extend` without the
-attention that ours includes."""
+attention that ours includes. `extend` computes the queries of 16 tokens, however few there are."""
 
 
 def print_attention(records: Sequence[Record]) -> None:
