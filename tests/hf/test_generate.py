@@ -157,14 +157,18 @@ def check(model, mode, source=None, **options):
     return report
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(x, marks=[pytest.mark.slow] * (x in COMBINED)) for x in MODES]
-)
+def all_modes(fast):
+    """Parametrize by mode; those that are not named are slow."""
+    marks = {mode: [] if mode in fast else [pytest.mark.slow] for mode in MODES}
+    return pytest.mark.parametrize("mode", [pytest.param(x, marks=marks[x]) for x in MODES])
+
+
+@all_modes(fast=set(MODES) - set(COMBINED))
 def test_llama(mode):
     check(tiny_llama(), mode)
 
 
-@pytest.mark.parametrize("mode", EVERY_MODEL)
+@all_modes(fast=EVERY_MODEL)
 @pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2, tiny_qwen3])
 def test_other_models(make, mode):
     check(make(), mode)
