@@ -97,6 +97,10 @@ def page_buffers(cfg: KiviConfig, num_pages: int) -> dict[str, Buffer]:
     }
 
 
+# Axis of the tokens in one page `[H_kv, ..., ...]` of every page buffer.
+TOKEN_AXES = {"k_code": 2, "k_scale": 1, "k_zero": 1, "v_code": 1, "v_scale": 2, "v_zero": 2}
+
+
 def ring_size(cfg: KiviConfig, rollback: int = 0) -> int:
     """Slots of a ring, `R + E + 1`: the window, tokens that can be taken back, and one to spare.
 

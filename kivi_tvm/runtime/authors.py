@@ -87,9 +87,9 @@ def to_authors(layer: CacheLayer) -> AuthorsCache:
 
     Source: `past_key_value` in the authors' `models/llama_kivi.py`.
     """
-    cache = layer._cache
+    cache = layer.cache
     _check_window(cache)
-    cache._check_no_step()
+    cache.check_no_step()
     lengths = cache.lengths
     if min(lengths) == 0 or len(set(lengths)) > 1:
         raise UserError(
@@ -127,7 +127,7 @@ def from_authors(layer: CacheLayer, stored: AuthorsCache) -> None:
 
     Source: `past_key_value` in the authors' `models/llama_kivi.py`.
     """
-    cache = layer._cache
+    cache = layer.cache
     _check_window(cache)
     _check_parts(cache, stored)
     added = [stored.kv_seq_len] * cache.batch_size
@@ -197,7 +197,7 @@ def _tensors(stored: AuthorsCache) -> list[tuple[str, Tensor | None]]:
 
 def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tensor]:
     """One row's parts by name, without the batch axis; those without tokens are empty."""
-    cfg = layer._cache.cfg
+    cfg = layer.cache.cfg
     PK, PV = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
     order = cfg.kernel_key().pack_order
     held = joined_pages(layer, slot, layout.num_pages(cfg, PK))
@@ -218,7 +218,7 @@ def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tens
 
 def _row_from_authors(layer: CacheLayer, slot: int, parts: dict[str, Tensor]) -> None:
     """Write one row's parts, without the batch axis, into its pages and rings."""
-    cfg = layer._cache.cfg
+    cfg = layer.cache.cfg
     order = cfg.kernel_key().pack_order
     first = 0
     if "k_code" in parts:

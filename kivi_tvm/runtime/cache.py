@@ -188,7 +188,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         if isinstance(c, bool) or as_int(c) is not None:
             counts = [check_count("c", c) * active for active in self.active]
         else:
@@ -221,7 +221,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         if check_count("tokens", tokens) > self.rollback:
             rewinding.enable(self, tokens)
 
@@ -237,7 +237,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         chosen = check_rows("index", index, self.batch_size, distinct=False)
         if len(chosen) != self.batch_size:
             raise ValueError(
@@ -255,7 +255,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         times = check_count("n", n, least=1)
         rearrange(self, [row for row in range(self.batch_size) for _ in range(times)])
 
@@ -269,7 +269,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         rearrange(self, check_rows("index", index, self.batch_size, distinct=False))
 
     def fork(self, row: int) -> int:
@@ -282,7 +282,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         row = self._active_row(row)
         index = list(range(self.batch_size))
         target = self.active.index(False) if not all(self.active) else self.batch_size
@@ -300,7 +300,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         row = self._active_row(row)
         with self.all_or_nothing([]):
             self.pages.release(self.rows.rows[row].slot)
@@ -328,7 +328,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         return transfer.copy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
@@ -354,7 +354,7 @@ class Cache(SteppedCache):
         OSError
             The file cannot be written; what was at `path` is still there.
         """
-        self._check_no_step()
+        self.check_no_step()
         persistence.save(self, path)
 
     def _active_row(self, row: int) -> int:
@@ -378,7 +378,7 @@ class Cache(SteppedCache):
         RuntimeError
             A step is open.
         """
-        self._check_no_step()
+        self.check_no_step()
         check_count("tokens", tokens)
         if self.max_tokens is not None and tokens > self.max_tokens:
             raise ValueError(f"`tokens` must be at most max_tokens={self.max_tokens}, got {tokens}")

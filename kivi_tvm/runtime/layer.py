@@ -35,7 +35,7 @@ class CacheLayer:
     """Layer `index` of a `Cache`; `Cache.layer` gives it."""
 
     def __init__(self, cache: Cache, index: int) -> None:
-        self._cache = cache
+        self.cache = cache
         self.index = index
         rows = cache.rows
         self.memory = LayerMemory(
@@ -55,7 +55,7 @@ class CacheLayer:
 
     def bind(self) -> None:
         """Collect the leading arguments of every kernel; after any buffer was replaced."""
-        cache, memory, rows = self._cache, self.memory, self._cache.rows
+        cache, memory, rows = self.cache, self.memory, self.cache.rows
         B = len(rows)
         self._token_shape = (B, cache.cfg.H_kv, cache.cfg.D)
         self._query_shape = (B, cache.cfg.H, cache.cfg.D)
@@ -113,7 +113,7 @@ class CacheLayer:
 
         Source: paper Algorithm 1, prefill: keys `[0, T - T mod R)` and values `[0, T - R)`.
         """
-        cache = self._cache
+        cache = self.cache
         B, H_kv, D = self._token_shape
         chosen = None if rows is None else check_rows("rows", rows, B)
         B = B if chosen is None else len(chosen)
@@ -135,7 +135,7 @@ class CacheLayer:
 
     def _store_prompts(self, k: Tensor, v: Tensor, rows: list[int]) -> None:
         """Store `k, v [len(rows), H_kv, T, D]` of the open step: first the sinks, then the body."""
-        step, held = self._cache.step, self._cache.rows
+        step, held = self.cache.step, self.cache.rows
         if held.sink_tokens:
             self._store_sinks(k, v, rows)
             k, v = (x[:, :, held.sink_tokens :] for x in (k, v))
@@ -148,21 +148,21 @@ class CacheLayer:
             self._store_bodies(k[part], v[part], slots[part])
 
     def _store_bodies(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        kernels = self._cache.kernels
+        kernels = self.cache.kernels
         kernels["quantize_key"](*self._key_args, slots, k)
         kernels["quantize_value"](*self._value_args, slots, v)
-        kernels["fill_window"](*self._fill_args, slots, k, v, self._cache.write_back)
+        kernels["fill_window"](*self._fill_args, slots, k, v, self.cache.write_back)
         if self._fill_exact_args:
             kernels["fill_window"](*self._fill_exact_args, slots, k, v, 0)
 
     def _store_sinks(self, k: Tensor, v: Tensor, rows: Sequence[int]) -> None:
         """Store the tokens of `k, v [len(rows), H_kv, n, D]` that the open step makes sinks."""
-        windows, held = self.windows, self._cache.rows
+        windows, held = self.windows, self.cache.rows
         for i, row in enumerate(rows):
-            count = self._cache.step.to_sinks[row] if self._cache.step.to_sinks else 0
+            count = self.cache.step.to_sinks[row] if self.cache.step.to_sinks else 0
             if count:
                 slot = held.rows[row].slot
-                first = held.rows[row].length - self._cache.step.lengths[row]
+                first = held.rows[row].length - self.cache.step.lengths[row]
                 windows["k_sink"][slot, :, first : first + count] = k[i, :, :count]
                 windows["v_sink"][slot, :, first : first + count] = v[i, :, :count]
 
@@ -210,7 +210,7 @@ class CacheLayer:
         step that completes it.
         """
         self._check_decode(q, k_new, v_new, out)
-        cache = self._cache
+        cache = self.cache
         scale = cache.cfg.D**-0.5 if scale is None else float(scale)
         lse = torch.empty_like(cache.lse) if return_lse else self._lse
         began, saved = cache.enter(self.index, 1), NOTHING
@@ -240,7 +240,7 @@ class CacheLayer:
 
         Other writes lie outside of that: pages beyond the packed tokens, and a ring's spare slots.
         """
-        step, rings = self._cache.step, [x for x in self.windows if not x.endswith("sink")]
+        step, rings = self.cache.step, [x for x in self.windows if not x.endswith("sink")]
         saved = [(name, step.flushed, self.windows[name][step.flushed]) for name in rings[:1]]
         if step.overrun:
             saved += [(name, step.overrun, self.windows[name][step.overrun]) for name in rings]
@@ -252,7 +252,7 @@ class CacheLayer:
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         """Store the open step's `k, v [B, H_kv, n, D]`."""
-        cache, step = self._cache, self._cache.step
+        cache, step = self.cache, self.cache.step
         if step.to_sinks:
             self._store_sinks(k, v, range(k.shape[0]))
             k, v = (_shifted(x, step.to_sinks) for x in (k, v))
@@ -302,7 +302,7 @@ class CacheLayer:
         RuntimeError
             The layer was already called in this step.
         """
-        cache = self._cache
+        cache = self.cache
         (B, H, D), H_kv = self._query_shape, self._token_shape[1]
         check_tensor("q", q, (B, H, None, D), cache.dtype, cache.device)
         n = q.shape[2]
@@ -341,7 +341,7 @@ class CacheLayer:
         out: Tensor,
     ) -> None:
         """Attention of the queries `q [B, H, <= rows, D]` that start at new token `first`."""
-        kernels, parts = self._cache.kernels, space.parts
+        kernels, parts = self.cache.kernels, space.parts
         B, H, used, D = q.shape
         # The kernels take `rows` tokens' queries of a head as so many heads; the rest is padding.
         padded = torch.nn.functional.pad(q, (0, 0, 0, space.rows - used)).reshape(B, -1, D)
@@ -352,13 +352,13 @@ class CacheLayer:
         kernels["extend_window"](*self._extend_window_args, padded, scale, 1, *parts)
         if self._sink_args:
             kernels["extend_window"](*self._extend_sink_args, padded, scale, 3, *parts)
-        slots = self._cache.rows.slots
+        slots = self.cache.rows.slots
         kernels["extend_new"](slots, added, k, v, padded, first, scale, *parts)
         kernels["combine"](*self._extend_row_args, space.split, space.tail, *parts, result, lse)
         out.copy_(result.view(B, H, space.rows, D)[:, :, :used])
 
     def _check_decode(self, q: Tensor, k_new: Tensor, v_new: Tensor, out: Tensor | None) -> None:
-        dtype, device = self._cache.dtype, self._cache.device
+        dtype, device = self.cache.dtype, self.cache.device
         query, token = self._query_shape, self._token_shape
         if not fits(q, query, dtype, device):
             check_tensor("q", q, query, dtype, device)
@@ -383,8 +383,8 @@ class CacheLayer:
         RuntimeError
             The open step's tokens are still to come to this layer.
         """
-        self._cache.check_done(self.index)
-        cache, held, windows = self._cache, self._cache.rows, self.windows
+        self.cache.check_done(self.index)
+        cache, held, windows = self.cache, self.cache.rows, self.windows
         B, H_kv, D = self._token_shape
         bodies = held.bodies
         k = torch.zeros(B, H_kv, max(bodies), D, dtype=cache.dtype, device=cache.device)
@@ -405,7 +405,7 @@ class CacheLayer:
 
     def _with_sinks(self, body: Tensor, sinks: Tensor) -> Tensor:
         """`body [B, H_kv, T, D]` behind every row's sinks; shorter rows end in zeros."""
-        held = self._cache.rows
+        held = self.cache.rows
         longest = max(held.lengths)
         out = body.new_zeros(*body.shape[:2], longest, body.shape[3])
         first = min(held.sink_tokens, longest)
@@ -417,7 +417,7 @@ class CacheLayer:
 
     def dequantize_tokens(self, slot: int, tokens: range) -> tuple[Tensor, Tensor]:
         """Packed body tokens of the sequence in `slot`, `[H_kv, n, D]` in the model dtype."""
-        cache, P = self._cache, self._cache.cfg.P
+        cache, P = self.cache, self.cache.cfg.P
         first, stop = tokens.start // P, -(-tokens.stop // P)
         pages = cache.pages.owned(slot)[first:stop]
         count = len(pages) * P

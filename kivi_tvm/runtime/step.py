@@ -93,7 +93,7 @@ class SteppedCache(CachePool):
         ):
             self._begin_quietly()
             return
-        self._check_no_step()
+        self.check_no_step()
         added = self.new_tokens(check_count("n", n), lengths)
         self._begin(added, n if lengths is None else -1)
 
@@ -280,7 +280,7 @@ class SteppedCache(CachePool):
         if self._step is not None and index in self._step.todo:
             raise RuntimeError(f"layer {index} was not called yet in the open step")
 
-    def _check_no_step(self) -> None:
+    def check_no_step(self) -> None:
         if self._step is not None:
             raise RuntimeError(
                 f"the previous step is not finished: layers {sorted(self._step.todo)} were not "

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from kivi_tvm.runtime.cache import Cache
     from kivi_tvm.runtime.layer import CacheLayer
 
-# Axis of the tokens in one page `[H_kv, ..., ...]` of every page buffer.
-TOKEN_AXES = {"k_code": 2, "k_scale": 1, "k_zero": 1, "v_code": 1, "v_scale": 2, "v_zero": 2}
-
 
 def describe(cache: Cache) -> tuple[Contents, Tensor]:
     """What `cache` holds, and int64 `[num_pages]`: each page's place in the cache's pool."""
@@ -49,7 +46,7 @@ def describe(cache: Cache) -> tuple[Contents, Tensor]:
 
 def take(layer: CacheLayer, contents: Contents, places: Tensor) -> dict[str, Tensor]:
     """Copies of what one layer holds, as `Contents.buffers` says; places without a token are 0."""
-    cache = layer._cache
+    cache = layer.cache
     found = {name: buffer.index_select(0, places) for name, buffer in layer.memory.pages.items()}
     for row in contents.rows:
         _blank_unwritten(found, cache.cfg, row.pages, contents.body(row))
@@ -155,9 +152,9 @@ def _fill_window(window: Tensor, name: str, contents: Contents, tensors: dict[st
 
 def joined_pages(layer: CacheLayer, slot: int, count: int) -> dict[str, Tensor]:
     """Every page buffer of a row's first `count` pages, joined along the tokens."""
-    ids = list(layer._cache.pages.owned(slot)[:count])
+    ids = list(layer.cache.pages.owned(slot)[:count])
     found = {}
-    for name, axis in TOKEN_AXES.items():
+    for name, axis in layout.TOKEN_AXES.items():
         # [n, H_kv, ...] -> [H_kv, ..., n, a page's tokens, ...] -> [H_kv, ..., tokens, ...]
         found[name] = layer.pages[name][ids].movedim(0, axis).flatten(axis, axis + 1)
     return found
@@ -165,7 +162,7 @@ def joined_pages(layer: CacheLayer, slot: int, count: int) -> dict[str, Tensor]:
 
 def write_pages(layer: CacheLayer, slot: int, name: str, joined: Tensor) -> None:
     """Write `joined [H_kv, ..., tokens, ...]` into the row's pages of one buffer."""
-    axis, buffer = TOKEN_AXES[name], layer.pages[name]
+    axis, buffer = layout.TOKEN_AXES[name], layer.pages[name]
     parts = joined.split(buffer.shape[axis + 1], axis)
-    for page, part in zip(layer._cache.pages.owned(slot), parts, strict=False):
+    for page, part in zip(layer.cache.pages.owned(slot), parts, strict=False):
         buffer[page].narrow(axis, 0, part.shape[axis]).copy_(part)
