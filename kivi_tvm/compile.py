@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm.s_tir import Schedule
+import tvm_ffi
 from tvm.target import Target
 
 from kivi_tvm import targets
@@ -17,6 +17,7 @@ from kivi_tvm.host import find_cxx
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.ops import FUNCTIONS, OPS
 from kivi_tvm.schedules import rule
+from kivi_tvm.schedules.choices import GuidedSchedule, Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +43,53 @@ class CompiledKernels:
         )
 
 
+def scheduled_function(
+    name: str, key: KernelKey, target: Target, decisions: Mapping[str, Option] | None = None
+) -> GuidedSchedule:
+    """The function `name` of `FUNCTIONS`, scheduled for `target`.
+
+    Parameters
+    ----------
+    name : str
+    key : KernelKey
+        Of the module, also for functions that take several tokens' queries.
+    target : Target
+    decisions : mapping of str to int or str, optional
+        Choices that the schedule makes otherwise than by default.
+
+    Returns
+    -------
+    GuidedSchedule
+        Its `mod[name]` is the scheduled function, its `choices` what could be decided.
+
+    Raises
+    ------
+    ValueError
+        A decision is not among its choice's options, or no choice has that name.
+    """
+    op, extends = FUNCTIONS[name]
+    function = OPS[op](replace(key, rows_per_query=key.extend_rows) if extends else key)
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    schedule = GuidedSchedule(module, decisions)
+    schedule.work_on(name)
+    facts = targets.hardware(target)
+    rule(op, facts)(schedule, facts)
+    if unused := schedule.unused():
+        raise ValueError(f"`decisions` of {name} must be among its choices, got {unused}")
+    return schedule
+
+
+def schedule_hash(name: str, schedule: GuidedSchedule) -> str:
+    """16 hex digits that tell scheduled functions apart, the same in every process."""
+    digest: int = tvm_ffi.structural_hash(schedule.mod[name])
+    return f"{digest & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
 def scheduled_module(key: KernelKey, target: Target) -> tvm.IRModule:
     """Every function of `key` with its default schedule for `target`."""
-    facts = targets.hardware(target)
-    extend_key = replace(key, rows_per_query=key.extend_rows)
-    functions = {}
-    for name, (op, extends) in FUNCTIONS.items():
-        function = OPS[op](extend_key if extends else key)
-        schedule = Schedule(tvm.IRModule({name: function.with_attr("global_symbol", name)}))
-        schedule.work_on(name)
-        rule(op, facts)(schedule, facts)
-        functions[name] = schedule.mod[name]
-    return tvm.IRModule(functions)
+    return tvm.IRModule(
+        {name: scheduled_function(name, key, target).mod[name] for name in FUNCTIONS}
+    )
 
 
 def compile_kernels(key: KernelKey, target: Target) -> CompiledKernels:

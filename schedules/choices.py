@@ -1,0 +1,84 @@
+"""Choices of a schedule: each has a default, and a tuner may make them otherwise.
+
+A schedule function asks `choose` for every size or order that a chip could want differently. On a
+plain `Schedule` it gets the defaults; on a `GuidedSchedule` the decisions it was given, so that one
+function is both the default schedule and the search space. The function is run again for every
+candidate: unlike the replay of a trace, it may branch on what was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tvm import IRModule
+from tvm.s_tir import Schedule
+
+Option = int | str
+T = TypeVar("T", int, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice as a schedule function offered it, and what was taken."""
+
+    options: tuple[Option, ...]
+    default: Option
+    taken: Option
+
+
+class GuidedSchedule(Schedule):
+    """A schedule whose choices follow `decisions`; those that it does not name, the default.
+
+    Attributes
+    ----------
+    decisions : mapping of str to int or str
+    choices : dict of str to Choice
+        What the schedule function offered so far, by name.
+    """
+
+    __slots__ = ("choices", "decisions")  # TVM objects have no __dict__
+
+    def __init__(self, module: IRModule, decisions: Mapping[str, Option] | None = None) -> None:
+        super().__init__(module)
+        self.decisions = dict(decisions or {})
+        self.choices: dict[str, Choice] = {}
+
+    def unused(self) -> tuple[str, ...]:
+        """Decisions that the schedule function never asked for."""
+        return tuple(sorted(self.decisions.keys() - self.choices.keys()))
+
+
+def choose(sch: Schedule, name: str, options: Sequence[T], default: T) -> T:
+    """One of `options`: `default`, unless a guided schedule was told otherwise.
+
+    Parameters
+    ----------
+    sch : Schedule
+    name : str
+        Unique within the schedule function; part of every tuning record.
+    options : sequence of int or str
+        All different; one of them is `default`.
+    default : int or str
+        What the schedule takes when nobody tunes.
+
+    Raises
+    ------
+    ValueError
+        `default` or the decision is not an option, or the name was used before.
+    """
+    taken = default
+    if isinstance(sch, GuidedSchedule):
+        if name in sch.choices:
+            raise ValueError(f"`name` must be unique in a schedule, got {name!r} twice")
+        taken = sch.decisions.get(name, default)  # type: ignore[assignment]
+        sch.choices[name] = Choice(tuple(options), default, taken)
+    for role, value in (("default", default), ("decision", taken)):
+        if value not in options:
+            raise ValueError(f"`{role}` of {name} must be one of {list(options)}, got {value!r}")
+    index = list(options).index(taken)
+    # The instruction keeps the choice in the schedule's trace.
+    n = len(options)
+    sch.sample_categorical(list(range(n)), [1 / n] * n, decision=index)
+    return taken
