@@ -29,6 +29,7 @@ ALLOWED = {
     "torch": {
         "reference",
         "workloads",
+        "tune",
         "runtime",
         "hf",
         "model_export",
