@@ -60,6 +60,10 @@ class Search:
         self._hashes.add(schedule_hash)
         self._results.append((dict(decisions), us))
 
+    def tell_unschedulable(self, decisions: Decisions) -> None:
+        """Take what an earlier run found not to be schedulable: it is no news again."""
+        self._failed.add(frozenset(decisions.items()))
+
     def propose(self, n: int) -> list[Candidate]:
         """Up to `n` new candidates; fewer only when the space is exhausted."""
         found = self._new(self._opening, n)
