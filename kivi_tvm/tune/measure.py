@@ -20,8 +20,8 @@ first line is `{"device", "read_gb_per_s", "versions"}`. Candidates that have a 
 that a batch that was cut off is continued by the same command.
 
 A case (`torch.save` of plain data) is `{"format": 1, "function", "nbytes", "check": [CALL, ...],
-"timed": [CALL, ...]}`; `kivi_tvm.tune.cases` writes it. A CALL is `{"weight", "arguments", "close"}`,
-an argument one of
+"timed": [CALL, ...]}`; `kivi_tvm.tune.cases` writes it. A CALL is
+`{"weight", "arguments", "close"}`, an argument one of
 
     {"scalar": x}
     {"tensor": T, "after": T or None, "words": bool, "cold": bool}    after: None is unchanged
@@ -36,6 +36,7 @@ of the leading dimensions in which group it counts, `UNTOUCHED` or `ANY`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import json
@@ -173,8 +174,9 @@ def guarded(x: Tensor, after: Tensor | None, device: str) -> Guarded:
 def relative_l2(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in float64; of nothing but zeros, the error itself."""
     found, expected = found.double(), expected.double()
-    norm = expected.norm().item()
-    return (found - expected).norm().item() / (norm if norm else 1.0)
+    norm: float = expected.norm().item()
+    error: float = (found - expected).norm().item()
+    return error / (norm or 1.0)
 
 
 def _close_values(found: list[Tensor]) -> list[Tensor]:
@@ -493,7 +495,8 @@ class Worker:
     def __init__(
         self, command: Sequence[str], environment: dict[str, str], die_with_parent: bool = False
     ) -> None:
-        self._stderr = tempfile.TemporaryFile()
+        # closed with the object: what a dead process wrote is read afterwards
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
@@ -571,8 +574,6 @@ class Worker:
 
     def stderr_tail(self) -> str:
         """The end of what the process wrote to stderr since the last request."""
-        if self._stderr.closed:
-            return ""
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - TAIL_CHARS))
         return self._stderr.read().replace(b"\0", b"").decode(errors="replace").strip()
@@ -583,21 +584,15 @@ class Worker:
 
     def close(self, patience_s: float = 0.0) -> None:
         """End the process and all it started."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass
 
 
 def _ending(status: int | None) -> str:

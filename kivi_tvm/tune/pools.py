@@ -69,7 +69,10 @@ class Pool:
 
     def args(self, *names: str) -> list[Tensor]:
         """Buffers as the kernels take them: words as uint32."""
-        held = {name: self.buffers.get(name, getattr(self, name, None)) for name in names}
+        held = {
+            name: self.buffers[name] if name in self.buffers else getattr(self, name)
+            for name in names
+        }
         return [x.view(torch.uint32) if name.endswith("code") else x for name, x in held.items()]
 
     def store_keys(self, k: Tensor) -> None:
@@ -124,7 +127,7 @@ class Pool:
 
     def dense_keys(self, k: Tensor, row: int) -> Tensor:
         """Dequantized packed keys of a row, float32 `[H_kv, packed_keys, D]`."""
-        n = layout.packed_keys(self.cfg, self.lengths[row])
+        n = layout.packed_keys(self.cfg, self.lengths[row] or 0)
         if n == 0:
             return k.new_zeros(self.cfg.H_kv, 0, self.cfg.D).float()
         found = reference.quantize_key(k[row, :, :n], self.cfg.key_bits, self.cfg.G_k)
@@ -132,7 +135,7 @@ class Pool:
 
     def dense_values(self, v: Tensor, row: int) -> Tensor:
         """Dequantized packed values of a row, float32 `[H_kv, packed_values, D]`."""
-        n = layout.packed_values(self.cfg, self.lengths[row])
+        n = layout.packed_values(self.cfg, self.lengths[row] or 0)
         if n == 0:
             return v.new_zeros(self.cfg.H_kv, 0, self.cfg.D).float()
         found = reference.quantize_value(v[row, :, :n], self.cfg.value_bits, self.cfg.G_v)
