@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from tvm import IRModule
 from tvm.s_tir import Schedule
+from tvm.tirx import PrimFunc
 
 Option = int | str
 T = TypeVar("T", int, str)
@@ -40,7 +41,9 @@ class GuidedSchedule(Schedule):
 
     __slots__ = ("choices", "decisions")  # TVM objects have no __dict__
 
-    def __init__(self, module: IRModule, decisions: Mapping[str, Option] | None = None) -> None:
+    def __init__(
+        self, module: IRModule | PrimFunc, decisions: Mapping[str, Option] | None = None
+    ) -> None:
         super().__init__(module)
         self.decisions = dict(decisions or {})
         self.choices: dict[str, Choice] = {}

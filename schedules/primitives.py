@@ -5,7 +5,11 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from kivi_tvm.schedules.choices import choose
+
 SUMMED_LANES = 4
+# Registers for a tile's accumulators: of 32, some hold codes and operands.
+MAX_ACCUMULATORS = 24
 
 
 def largest_divisor(extent: int, limit: int) -> int:
@@ -32,6 +36,11 @@ def vectorize_last(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     sch.vectorize(lane)
 
 
+def choose_width(sch: Schedule, name: str, lanes: int) -> int:
+    """Elements that a stage takes at once: half a register, one, or two to hide latency."""
+    return choose(sch, f"{name}_width", [lanes // 2, lanes, 2 * lanes], lanes)
+
+
 def reduce_by_lanes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     """Reduce the innermost loop in `lanes` partial results first.
 
@@ -46,18 +55,50 @@ def reduce_by_lanes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     sch.decompose_reduction(block, sch.get_loops(block)[-1])
 
 
+def divisors(extent: int, limit: int) -> list[int]:
+    """The divisors of `extent` that are at most `limit`, in order."""
+    return [d for d in range(1, min(extent, limit) + 1) if extent % d == 0]
+
+
+def register_tiles(rows: int, vectors: int, accumulators: int) -> list[tuple[int, int]]:
+    """All tiles of divisors of `rows` and `vectors` with at most so many accumulators."""
+    return [
+        (r, v)
+        for r in divisors(rows, accumulators)
+        for v in divisors(vectors, accumulators)
+        if r * v <= accumulators
+    ]
+
+
 def register_tile(rows: int, vectors: int, accumulators: int) -> tuple[int, int]:
     """Divisors of `rows` and `vectors` whose tile loads least for each multiplication.
 
     A tile of `r` x `v` accumulators takes `r + v` loads for `r v` multiplications.
     """
-    tiles = [
-        (r, v)
-        for r in range(1, rows + 1)
-        for v in range(1, vectors + 1)
-        if rows % r == 0 and vectors % v == 0 and r * v <= accumulators
-    ]
+    tiles = register_tiles(rows, vectors, accumulators)
     return min(tiles, key=lambda tile: sum(tile) / (tile[0] * tile[1]))
+
+
+def choose_tile(
+    sch: Schedule, name: str, rows: int, vectors: int, default: tuple[int, int]
+) -> tuple[int, int]:
+    """Rows x vectors of a register tile, chosen as one: what matters is how they share registers.
+
+    `default` is brought down to divisors of `rows` and `vectors`.
+    """
+    tiles = register_tiles(rows, vectors, MAX_ACCUMULATORS)
+    fitting = max(divisors(rows, default[0])), max(divisors(vectors, default[1]))
+    names = {f"{r}x{v}": (r, v) for r, v in tiles}
+    return names[choose(sch, name, list(names), "{}x{}".format(*fitting))]
+
+
+def choose_lanes(sch: Schedule, name: str, widest: int, extent: int) -> int:
+    """Elements of a vector: a full register unless half a one is chosen.
+
+    Half registers cost twice the instructions, but some chips clock or split wide ones down.
+    """
+    full = largest_divisor(extent, widest)
+    return choose(sch, name, sorted({full, largest_divisor(extent, widest // 2)}), full)
 
 
 def fill_registers(sch: Schedule, block: SBlockRV) -> None:
@@ -69,43 +110,68 @@ def fill_registers(sch: Schedule, block: SBlockRV) -> None:
 
 
 def contract_in_registers(
-    sch: Schedule,
-    block: SBlockRV,
-    consumer: SBlockRV,
-    rows: int,
-    vectors: int,
-    lanes: int,
+    sch: Schedule, block: SBlockRV, consumer: SBlockRV, default: tuple[int, int], lanes: int
 ) -> None:
-    """Run a contraction as register tiles of `rows` x `vectors`, reduced outside the tile.
+    """Run a contraction as register tiles of rows x vectors, reduced outside the tile.
 
     `block` has the loops (row, lane axis, *reduced), the last of several unrolled; its only
     consumer is elementwise over (row, lane axis). Every code is unpacked once per tile for all its
     rows. A vector has `lanes` elements, not the whole tile's: one of 80 is no power of two, and one
     of 32 spans two groups of 16 (`attend` took 7 to 12 times as long).
+
+    Choices, by the name of `block`: `_lanes`; `_tile`, by default `default` rows x vectors;
+    `_outer`, whether tiles go down the rows or along the lane axis first; `_unroll`, how many of
+    the last reduced loop's iterations are unrolled.
     """
+    name = sch.get(block).name_hint
     row, lane = sch.get_loops(consumer)
+    lanes = choose_lanes(sch, f"{name}_lanes", lanes, extent_of(sch, lane))
+    shape = extent_of(sch, row), extent_of(sch, lane) // lanes
+    rows, vectors = choose_tile(sch, f"{name}_tile", *shape, default)
     row_tile, row = split_off(sch, row, rows)
     vector, lane = split_off(sch, lane, lanes)
     tile, vector = split_off(sch, vector, vectors)
-    sch.reorder(row_tile, tile, row, vector, lane)
-    sch.compute_at(block, tile, preserve_unit_loops=True)
+    outer = [row_tile, tile]
+    if shape[0] > rows and shape[1] > vectors:
+        if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
+            outer.reverse()
+    sch.reorder(*outer, row, vector, lane)
+    sch.compute_at(block, outer[-1], preserve_unit_loops=True)
     sch.set_scope(block, 0, "local")
     fill_registers(sch, consumer)
     first = len(sch.get_loops(consumer)) - 3  # compute_at put the block beside these
     row, lane, *reduced = sch.get_loops(block)[first:]
     vector, lane = split_off(sch, lane, lanes)
-    sch.reorder(*reduced, row, vector, lane)
     if len(reduced) > 1:
-        sch.unroll(reduced[-1])
+        reduced = [*reduced[:-1], *unroll_off(sch, f"{name}_unroll", reduced[-1])]
+    sch.reorder(*reduced, row, vector, lane)
     fill_registers(sch, block)
     fill_registers(sch, sch.decompose_reduction(block, reduced[0]))
 
 
-def dot_by_lanes(sch: Schedule, block: SBlockRV, rows: int, columns: int, lanes: int) -> None:
-    """Run dot products of contiguous operands in `lanes` partial results, as register tiles.
+def unroll_off(sch: Schedule, name: str, loop: LoopRV) -> list[LoopRV]:
+    """Unroll all iterations of a loop, or as many as the choice `name` says; the loops it becomes.
 
-    `block` has the loops (row, column, reduced axis); a tile has `rows` x `columns` results.
+    Fewer make shorter code, but what the unrolled ones share is loaded again.
     """
+    extent = extent_of(sch, loop)
+    count = choose(sch, name, divisors(extent, extent)[-3:], extent)
+    loops = [loop] if count == extent else list(sch.split(loop, [None, count]))
+    sch.unroll(loops[-1])
+    return loops
+
+
+def dot_by_lanes(sch: Schedule, block: SBlockRV, accumulators: int, lanes: int) -> None:
+    """Run dot products of contiguous operands in partial results by lane, as register tiles.
+
+    `block` has the loops (row, column, reduced axis). Choices, by its name: `_lanes`, and `_tile`,
+    the results of a tile, by default those that load least with at most `accumulators`.
+    """
+    name = sch.get(block).name_hint
+    rows, columns, reduced = (extent_of(sch, loop) for loop in sch.get_loops(block))
+    lanes = choose_lanes(sch, f"{name}_lanes", lanes, reduced)
+    default = register_tile(rows, columns, accumulators)
+    rows, columns = choose_tile(sch, f"{name}_tile", rows, columns, default)
     # 1. one partial result per lane
     _, lane = split_off(sch, sch.get_loops(block)[-1], lanes)
     partial = sch.rfactor(lane, factor_axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.schedules.primitives import (
+    choose_width,
     contract_in_registers,
     parallelize,
     reduce_by_lanes,
@@ -13,8 +14,7 @@ from kivi_tvm.schedules.primitives import (
 from kivi_tvm.targets import Hardware
 
 # Rows x vectors of accumulators: 4 x 2 leave room for codes and operands in 32 registers.
-TILE_ROWS = 4
-TILE_VECTORS = 2
+TILE = 4, 2
 
 ELEMENTWISE = (
     "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
@@ -25,15 +25,14 @@ ELEMENTWISE = (
 def attend(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend` for SIMD lanes and threads."""
     lanes = hardware.float32_lanes
-    tile = TILE_ROWS, TILE_VECTORS
     # 1. contractions: codes are unpacked in registers, once for all rows of a tile
-    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), *tile, lanes)
-    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), *tile, lanes)
+    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE, lanes)
+    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE, lanes)
     # 2. reductions by lanes
     for name in ("q_zero", "max", "sum", "p_zero"):
-        reduce_by_lanes(sch, sch.get_sblock(name), lanes)
+        reduce_by_lanes(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
     # 3. elementwise stages
     for name in ELEMENTWISE:
-        vectorize_last(sch, sch.get_sblock(name), lanes)
+        vectorize_last(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
     # 4. threads
     parallelize(sch, sch.get_sblock("split"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.schedules.primitives import (
+    choose_width,
     contract_in_registers,
     dot_by_lanes,
     extent_of,
@@ -24,14 +25,14 @@ def attend_window(sch: Schedule, hardware: Hardware) -> None:
     lanes = hardware.float32_lanes
     # 1. contractions
     dot, out = sch.get_sblock("dot"), sch.get_sblock("out")
-    M, C, D = (extent_of(sch, loop) for loop in sch.get_loops(dot))
-    dot_by_lanes(sch, dot, *register_tile(M, C, ACCUMULATORS), lanes)
+    dot_by_lanes(sch, dot, ACCUMULATORS, lanes)
+    M, D, _ = (extent_of(sch, loop) for loop in sch.get_loops(out))
     tile = register_tile(M, D // lanes, ACCUMULATORS)
-    contract_in_registers(sch, out, sch.get_sblock("chunk_acc"), *tile, lanes)
+    contract_in_registers(sch, out, sch.get_sblock("chunk_acc"), tile, lanes)
     # 2. reductions by lanes, elementwise stages
     for name in ("max", "sum"):
-        reduce_by_lanes(sch, sch.get_sblock(name), lanes)
+        reduce_by_lanes(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
     for name in ELEMENTWISE:
-        vectorize_last(sch, sch.get_sblock(name), lanes)
+        vectorize_last(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
     # 3. threads
     parallelize(sch, sch.get_sblock("row"))

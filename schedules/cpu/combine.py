@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from kivi_tvm.schedules.primitives import parallelize, vectorize_last
+from kivi_tvm.schedules.primitives import choose_width, parallelize, vectorize_last
 from kivi_tvm.targets import Hardware
 
 
@@ -12,5 +12,6 @@ def combine(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine` for SIMD lanes and threads."""
     # "add" updates its accumulator in place, which TVM does not vectorize but LLVM does
     for name in ("start", "out"):
-        vectorize_last(sch, sch.get_sblock(name), hardware.float32_lanes)
+        width = choose_width(sch, name, hardware.float32_lanes)
+        vectorize_last(sch, sch.get_sblock(name), width)
     parallelize(sch, sch.get_sblock("head"))

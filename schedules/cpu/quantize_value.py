@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.schedules.primitives import (
+    choose_width,
     parallelize,
     reduce_by_lanes,
     split_off,
@@ -15,11 +16,12 @@ from kivi_tvm.targets import Hardware
 
 def quantize_value(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `quantize_value` for SIMD lanes and threads."""
-    vectorize_last(sch, sch.get_sblock("load"), hardware.float32_lanes)
+    width = choose_width(sch, "load", hardware.float32_lanes)
+    vectorize_last(sch, sch.get_sblock("load"), width)
     value_tokens(sch, hardware)
     word = sch.get_sblock("word")
     channel, slot = sch.get_loops(word)
-    outer, lane = split_off(sch, channel, hardware.float32_lanes)
+    outer, lane = split_off(sch, channel, choose_width(sch, "word", hardware.float32_lanes))
     sch.reorder(outer, slot, lane)
     sch.vectorize(lane)
     start = sch.decompose_reduction(word, slot)
@@ -30,5 +32,7 @@ def quantize_value(sch: Schedule, hardware: Hardware) -> None:
 def value_tokens(sch: Schedule, hardware: Hardware) -> None:
     """Schedule the blocks that quantize values token by token, wherever they stand."""
     for name in ("value_low", "value_high", "value_bad"):
-        reduce_by_lanes(sch, sch.get_sblock(name), hardware.float32_lanes)
-    vectorize_last(sch, sch.get_sblock("value_code"), hardware.float32_lanes)
+        width = choose_width(sch, name, hardware.float32_lanes)
+        reduce_by_lanes(sch, sch.get_sblock(name), width)
+    width = choose_width(sch, "value_code", hardware.float32_lanes)
+    vectorize_last(sch, sch.get_sblock("value_code"), width)

@@ -6,6 +6,7 @@ import tvm
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
+from kivi_tvm.schedules.choices import GuidedSchedule
 from kivi_tvm.schedules.primitives import (
     dot_by_lanes,
     extent_of,
@@ -135,9 +136,10 @@ def test_reduce_over_rows():
     assert torch.equal(b, a.amax(0))
 
 
-@pytest.mark.parametrize(("rows", "columns", "lanes"), [(3, 2, 16), (1, 6, 8), (2, 3, 4)])
-def test_dot_by_lanes(rows, columns, lanes):
-    schedule = Schedule(products)
-    dot_by_lanes(schedule, schedule.get_sblock("dot"), rows, columns, lanes)
+@pytest.mark.parametrize(("tile", "lanes"), [(None, 16), ("3x2", 16), ("1x6", 8), ("2x3", 4)])
+def test_dot_by_lanes(tile, lanes):
+    schedule = GuidedSchedule(products, {"dot_tile": tile} if tile else {})
+    dot_by_lanes(schedule, schedule.get_sblock("dot"), 14, lanes)
     a, b = run(schedule, (6, 6))
     torch.testing.assert_close(b, a @ a.T)
+    assert schedule.choices["dot_tile"].taken == (tile or "2x6")
