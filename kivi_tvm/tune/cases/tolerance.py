@@ -1,0 +1,20 @@
+"""How far attention may be from a float64 reference on the same codes: one table."""
+
+from __future__ import annotations
+
+import torch
+
+RELATIVE_L2 = {
+    # Sums of some hundred float32 products and a polynomial exp2: a few 1e-7 each.
+    torch.float32: 1e-5,
+    # The output is rounded to 11 bits, 2.4e-4 rms at most; inputs are exact.
+    torch.float16: 2e-3,
+    # Rounded to 8 bits, 2e-3 rms at most.
+    torch.bfloat16: 1e-2,
+}
+
+
+def limit(dtype: torch.dtype, max_score: float = 0.0) -> float:
+    """The tolerance for a dtype; a float32 score loses digits as it grows."""
+    scale = max(1.0, max_score / 100) if dtype == torch.float32 else 1.0
+    return RELATIVE_L2[dtype] * scale

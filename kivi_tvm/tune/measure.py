@@ -1,0 +1,720 @@
+"""Check and time compiled candidates. Stand-alone: needs torch, tvm-ffi and TVM's runtime library.
+
+    python measure.py serve            requests on stdin, answers on stdout, one JSON object a line
+    python measure.py batch DIR        DIR/candidates.json -> DIR/results.jsonl
+
+Requests of `serve`; every answer but `{"at": i}` ends one, a failure is
+`{"failure": {"kind": ..., "message": ...}}`:
+
+    {"do": "device"}                         -> {"name", "kind", "threads"}
+    {"do": "load", "case": PATH}             -> {"function", "nbytes"}
+    {"do": "check", "library": PATH}         -> {"max_error", "error_limit"}
+    {"do": "time", "library": PATH}          -> {"times_us": [...]}
+    {"do": "compare", "libraries": [PATH, ...], "rounds": n}
+                                             -> {"at": i} ..., {"times_us": [[...], ...]}
+    {"do": "bandwidth"}                      -> {"gb_per_s"}
+
+`candidates.json` is a list of `{"id", "library", "case"}`, files relative to DIR. A line of
+`results.jsonl` is `{"id", "times_us", "max_error", "error_limit"}` or `{"id", "failure"}`; its
+first line is `{"device", "read_gb_per_s", "versions"}`. Candidates that have a line are skipped, so
+that a batch that was cut off is continued by the same command.
+
+A case (`torch.save` of plain data) is `{"format": 1, "function", "nbytes", "check": [CALL, ...],
+"timed": [CALL, ...]}`; `kivi_tvm.tune.cases` writes it. A CALL is
+`{"weight", "arguments", "close"}`, an argument one of
+
+    {"scalar": x}
+    {"tensor": T, "after": T or None, "words": bool, "cold": bool}    after: None is unchanged
+    {"fill": HOW, "amount": x, "shape", "dtype", "words", "cold"}     a name in `FILLS`
+
+`words` are passed as uint32; `cold` ones are rotated over copies that together exceed the last
+cache. `close` lists what is compared by relative L2 and not bit for bit: `{"of": [i] or
+[acc, stat], "group": T, "limits": [x, ...], "expected": [T, ...]}`; `group` says for every position
+of the leading dimensions in which group it counts, `UNTOUCHED` or `ANY`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import math
+import os
+import selectors
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tvm_ffi
+from torch import Tensor
+
+FORMAT = 1
+UNTOUCHED, ANY = -1, -2  # in `group`: equal bit for bit; whatever it is
+POISON_WORD = 0x5A5A5A5A
+# Quiet NaNs with a payload that no kernel and no cast produces: a write is always seen.
+POISON_NAN = {
+    torch.float16: (torch.int16, 0x7E5A),
+    torch.bfloat16: (torch.int16, 0x7FDA),
+    torch.float32: (torch.int32, 0x7FDA5A5A),
+}
+GUARD_BYTES = 4096  # around every tensor of a check; keeps its alignment
+# Copies must not survive a full turn: four times L3 also defeats a cache that is not strictly LRU.
+COLD_FACTOR = 4
+COPIES_BYTES = 3 << 29
+FALLBACK_CACHE_BYTES = 32 << 20
+FILL_BLOCK = 1 << 20
+SAMPLES = 9
+SAMPLED_US = 60e3  # of timed calls per candidate and call, at least
+MAX_CALLS = 4000
+READ_BYTES = 512 << 20
+TAIL_CHARS = 400  # of a worker's stderr, in a failure's message
+
+Kernel = Callable[..., Any]
+Json = dict[str, Any]
+
+
+# Memory
+
+
+def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory that no result may depend on."""
+    if dtype not in POISON_NAN:
+        return torch.full(tuple(shape), POISON_WORD, dtype=dtype)
+    held, word = POISON_NAN[dtype]
+    return torch.full(tuple(shape), word, dtype=held).view(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of `x` as ints; every NaN that is not poison counts as one."""
+    if x.dtype not in POISON_NAN:
+        return x
+    held, word = POISON_NAN[x.dtype]
+    found = x.contiguous().view(held)
+    return torch.where(x.isnan() & (found != word), torch.full_like(found, -1), found)
+
+
+def _normal(shape: tuple[int, ...], amount: float, g: torch.Generator) -> Tensor:
+    return amount * torch.randn(shape, generator=g)
+
+
+def _positive(shape: tuple[int, ...], amount: float, g: torch.Generator) -> Tensor:
+    return amount * (0.5 + torch.rand(shape, generator=g))
+
+
+def _words(shape: tuple[int, ...], amount: float, g: torch.Generator) -> Tensor:
+    return torch.randint(-(1 << 31), 1 << 31, shape, generator=g)
+
+
+def _zeros(shape: tuple[int, ...], amount: float, g: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+FILLS = {"normal": _normal, "positive": _positive, "words": _words, "zeros": _zeros}
+
+
+def filled(argument: Json, seed: int) -> Tensor:
+    """The tensor that a "fill" describes; its elements repeat after `FILL_BLOCK`."""
+    shape, dtype = tuple(argument["shape"]), getattr(torch, argument["dtype"])
+    count = math.prod(shape)
+    draw = FILLS[argument["fill"]]
+    generator = torch.Generator().manual_seed(seed)
+    block = draw((min(count, FILL_BLOCK),), argument["amount"], generator).to(dtype)
+    out = torch.empty(count, dtype=dtype)
+    whole = count // FILL_BLOCK * FILL_BLOCK
+    if whole:
+        out[:whole].view(-1, FILL_BLOCK)[:] = block
+    out[whole:] = block[: count - whole]
+    return out.view(shape)
+
+
+def as_argument(x: Tensor, words: bool) -> Any:
+    """A tensor as kernels take it; it shares and keeps alive the memory."""
+    return tvm_ffi.from_dlpack(x.view(torch.uint32) if words else x)
+
+
+# The gate
+
+
+class Wrong(Exception):
+    """A result differs from the reference."""
+
+
+class Guarded(NamedTuple):
+    """A copy of a tensor amid poison, and all of that memory as it should be afterwards."""
+
+    memory: Tensor
+    view: Tensor
+    expected: Tensor
+    expected_view: Tensor
+
+
+def guarded(x: Tensor, after: Tensor | None, device: str) -> Guarded:
+    """`x` with its strides, in memory of its own; `after` is what the call leaves in it."""
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+    guard = GUARD_BYTES // x.element_size()
+    memory = poisoned((span + 2 * guard,), x.dtype).to(device)
+    views = []
+    for held, content in ((memory, x), (memory.clone(), x if after is None else after)):
+        view = held.as_strided(x.shape, x.stride(), guard)
+        view.copy_(content)
+        views += [held, view]
+    return Guarded(*views)
+
+
+def relative_l2(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in float64; of nothing but zeros, the error itself."""
+    found, expected = found.double(), expected.double()
+    norm: float = expected.norm().item()
+    error: float = (found - expected).norm().item()
+    return error / (norm or 1.0)
+
+
+def _close_values(found: list[Tensor]) -> list[Tensor]:
+    """What is compared: one tensor itself; of partial results the output and log-sum-exp."""
+    if len(found) == 1:
+        return [found[0].double()]
+    acc, stat = (x.double() for x in found)
+    top, total = stat.unbind(-1)
+    return [acc / total[..., None], (top + total.log2()) * math.log(2)]
+
+
+def _check_close(rule: Json, held: list[Guarded | None]) -> tuple[float, float]:
+    """Error and limit of the group that comes closest to its limit; marks all as compared."""
+    kept = [each for i in rule["of"] if (each := held[i]) is not None]
+    group = rule["group"]
+    found = _close_values([each.view.cpu() for each in kept])
+    worst = (0.0, max(rule["limits"], default=0.0))
+    for number, limit in enumerate(rule["limits"]):
+        where = group == number
+        for values, expected in zip(found, rule["expected"]):
+            error = relative_l2(values[where], expected[where])
+            if not error <= limit:
+                raise Wrong(f"relative L2 error {error:.2e} above {limit:.0e}, group {number}")
+            if error / limit > worst[0] / worst[1]:
+                worst = (error, limit)
+    compared = group != UNTOUCHED
+    for each in kept:
+        mask = compared.to(each.view.device)
+        each.expected_view[mask] = each.view[mask]
+    return worst
+
+
+def check_call(kernel: Kernel, call: Json, device: str) -> tuple[float, float]:
+    """Run one call of the check; its error and limit, 0 where bits are compared.
+
+    Raises
+    ------
+    Wrong
+        A result or any other memory is not what it should be.
+    """
+    arguments = call["arguments"]
+    held = [None if "scalar" in a else guarded(a["tensor"], a["after"], device) for a in arguments]
+    kernel(
+        *(
+            a["scalar"] if each is None else as_argument(each.view, a["words"])
+            for a, each in zip(arguments, held)
+        )
+    )
+    if device == "cuda":
+        torch.cuda.synchronize()
+    errors = [_check_close(rule, held) for rule in call["close"]]
+    for number, each in enumerate(held):
+        if each is None:
+            continue
+        wrong = bits(each.memory) != bits(each.expected)
+        if wrong.any():
+            raise Wrong(f"argument {number}: {int(wrong.sum())} elements differ")
+    return max(errors, key=lambda e: e[0] / (e[1] or 1), default=(0.0, 0.0))
+
+
+# Timing
+
+
+def cache_bytes(device: str, root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Size of the device's last cache; 32 MiB where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    sizes = [0]
+    for path in root.glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 10, "M": 20}.get(text[-1:], 0)
+        sizes.append(int(text.rstrip("KM")) << unit)
+    return max(sizes) or FALLBACK_CACHE_BYTES
+
+
+def copies_of(nbytes: int, cache: int) -> int:
+    """How many copies of a call's cold memory exceed the cache, within `COPIES_BYTES`."""
+    wanted = math.ceil(COLD_FACTOR * cache / max(1, nbytes))
+    return max(1, min(max(2, wanted), COPIES_BYTES // max(1, nbytes)))
+
+
+class TimedCall:
+    """One call of a case on rotated copies of its cold memory."""
+
+    def __init__(self, call: Json, device: str) -> None:
+        self.weight = float(call["weight"])
+        self.device = device
+        tensors = [_timed_tensor(a, i, device) for i, a in enumerate(call["arguments"])]
+        cold = [t for t, a in zip(tensors, call["arguments"]) if t is not None and a["cold"]]
+        count = copies_of(sum(t.nbytes for t in cold), cache_bytes(device)) if cold else 1
+        self.rows = [self._row(call["arguments"], tensors, n > 0) for n in range(count)]
+        self.next = 0
+
+    @staticmethod
+    def _row(arguments: list[Json], tensors: list[Tensor | None], copy: bool) -> tuple[Any, ...]:
+        return tuple(
+            a["scalar"]
+            if t is None
+            else as_argument(t.clone() if copy and a["cold"] else t, a["words"])
+            for a, t in zip(arguments, tensors)
+        )
+
+    def run(self, kernel: Kernel, calls: int) -> list[float]:
+        """Microseconds of so many calls, each on the next copy."""
+        rows = [self.rows[(self.next + i) % len(self.rows)] for i in range(calls)]
+        self.next += calls
+        return _cuda_times(kernel, rows) if self.device == "cuda" else _cpu_times(kernel, rows)
+
+
+def _timed_tensor(argument: Json, seed: int, device: str) -> Tensor | None:
+    if "scalar" in argument:
+        return None
+    found = filled(argument, seed) if "fill" in argument else argument["tensor"]
+    return found.to(device)
+
+
+def _cpu_times(kernel: Kernel, rows: Sequence[tuple[Any, ...]]) -> list[float]:
+    clock = time.perf_counter_ns
+    times = []
+    for row in rows:
+        start = clock()
+        kernel(*row)
+        times.append((clock() - start) / 1e3)
+    return times
+
+
+def _cuda_times(kernel: Kernel, rows: Sequence[tuple[Any, ...]]) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in rows]
+    for row, (start, end) in zip(rows, events):
+        start.record()
+        kernel(*row)
+        end.record()
+    torch.cuda.synchronize()
+    return [1e3 * start.elapsed_time(end) for start, end in events]
+
+
+def time_call(call: TimedCall, kernel: Kernel) -> list[float]:
+    """`SAMPLES` medians over at least `SAMPLED_US` in all, after every copy was used once."""
+    first = call.run(kernel, min(len(call.rows), 50) + 1)
+    one = max(0.1, statistics.median_low(first))
+    each = math.ceil(min(MAX_CALLS, max(SAMPLES, SAMPLED_US / one)) / SAMPLES)
+    return [statistics.median(call.run(kernel, each)) for _ in range(SAMPLES)]
+
+
+def weighted(calls: Sequence[TimedCall], times: Sequence[list[float]]) -> list[float]:
+    """Samples of the case from those of its calls."""
+    return [sum(c.weight * t for c, t in zip(calls, row)) for row in zip(*times)]
+
+
+def compare_kernels(
+    calls: Sequence[TimedCall], kernels: Sequence[Kernel], rounds: int, at: Callable[[int], None]
+) -> list[list[float]]:
+    """One sample per round and kernel, kernel by kernel in turn, the order reversed every round.
+
+    A neighbour that slows the machine for a while slows all kernels alike.
+    """
+    samples: list[list[float]] = [[] for _ in kernels]
+    burst = []
+    for call in calls:
+        one = max(0.1, statistics.median_low(call.run(kernels[0], len(call.rows) + 3)))
+        burst.append(max(3, min(50, math.ceil(4e3 / one))))
+    for number in range(rounds):
+        for i in range(len(kernels))[:: -1 if number % 2 else 1]:
+            at(i)
+            total = 0.0
+            for call, count in zip(calls, burst):
+                call.run(kernels[i], 1)
+                total += call.weight * statistics.median(call.run(kernels[i], count))
+            samples[i].append(total)
+    return samples
+
+
+def read_gb_per_s(device: str) -> float:
+    """Best of several sums over memory far larger than the caches."""
+    x = torch.ones(READ_BYTES // 4, device=device)
+    run = _cuda_times if device == "cuda" else _cpu_times
+    best = min(run(lambda: x.sum(), [()] * 8))
+    return READ_BYTES / best / 1e3
+
+
+# The worker
+
+
+def runtime_library(suffix: str = "") -> Path:
+    """TVM's runtime library: $KIVI_TVM_RUNTIME_LIBRARY, or beside the installed package tvm."""
+    name = f"libtvm_runtime{suffix}." + ("dylib" if sys.platform == "darwin" else "so")
+    given = os.environ.get("KIVI_TVM_RUNTIME_LIBRARY")
+    if given:
+        return Path(given).with_name(name)
+    spec = PathFinder.find_spec("tvm")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(location) / "lib" / name
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{name} was not found; set KIVI_TVM_RUNTIME_LIBRARY")
+
+
+class Session:
+    """One loaded case on one device, and the requests about it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.case: Json = {}
+        self.timed: list[TimedCall] = []
+        for suffix in ("", "_cuda") if device == "cuda" else ("",):
+            ctypes.CDLL(str(runtime_library(suffix)), mode=os.RTLD_GLOBAL)
+
+    def answer(self, request: Json, at: Callable[[int], None]) -> Json:
+        """The answer to one request."""
+        try:
+            if request["do"] == "compare":
+                kernels = [self._kernel(path) for path in request["libraries"]]
+                times = compare_kernels(self._calls(), kernels, request["rounds"], at)
+                return {"times_us": times}
+            found: Json = getattr(self, f"do_{request['do']}")(request)
+            return found
+        except Wrong as error:
+            return _failure("wrong", str(error))
+        except OSError as error:
+            return _failure("load", str(error))
+        except Exception as error:
+            return _failure("crash", f"{type(error).__name__}: {error}")
+
+    def do_device(self, request: Json) -> Json:
+        return {"name": device_name(self.device), "kind": self.device, "threads": _threads()}
+
+    def do_load(self, request: Json) -> Json:
+        self.case, self.timed = torch.load(request["case"], weights_only=True), []
+        if self.case["format"] != FORMAT:
+            return _failure("load", f"`format` must be {FORMAT}, got {self.case['format']}")
+        return {"function": self.case["function"], "nbytes": self.case["nbytes"]}
+
+    def do_check(self, request: Json) -> Json:
+        kernel = self._kernel(request["library"])
+        errors = [check_call(kernel, call, self.device) for call in self.case["check"]]
+        error, limit = max(errors, key=lambda e: e[0] / (e[1] or 1))
+        return {"max_error": error, "error_limit": limit}
+
+    def do_time(self, request: Json) -> Json:
+        kernel = self._kernel(request["library"])
+        times = [time_call(call, kernel) for call in self._calls()]
+        return {"times_us": weighted(self.timed, times)}
+
+    def do_bandwidth(self, request: Json) -> Json:
+        return {"gb_per_s": read_gb_per_s(self.device)}
+
+    def _kernel(self, path: str) -> Kernel:
+        try:
+            kernel: Kernel = tvm_ffi.load_module(path)[self.case["function"]]
+        except (RuntimeError, AttributeError, KeyError) as error:
+            raise OSError(f"cannot load {Path(path).name}: {error}") from error
+        return kernel
+
+    def _calls(self) -> list[TimedCall]:
+        if not self.timed:
+            self.timed = [TimedCall(call, self.device) for call in self.case["timed"]]
+        return self.timed
+
+
+def _failure(kind: str, message: str) -> Json:
+    return {"failure": {"kind": kind, "message": message}}
+
+
+def _threads() -> int:
+    return int(os.environ.get("TVM_NUM_THREADS", "1"))
+
+
+def device_name(device: str) -> str:
+    """What the vendor calls the device."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name(0))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")
+
+
+def serve(device: str) -> None:
+    """Answer requests until stdin ends; what candidates print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def send(answer: Json) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    session = Session(device)
+    send({"ready": True})
+    for line in sys.stdin:
+        send(session.answer(json.loads(line), lambda i: send({"at": i})))
+
+
+# Whoever asks a worker
+
+
+class WorkerFailed(Exception):
+    """A worker ended ("crash") or gave no answer in time ("timeout"); it is gone."""
+
+    def __init__(self, kind: str, message: str, at: int | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.at = at  # the last candidate of a comparison that was begun
+
+
+class Worker:
+    """A process that answers JSON lines; killed with all its children when it fails.
+
+    Parameters
+    ----------
+    command : sequence of str
+    environment : dict of str to str
+    die_with_parent : bool
+        Kill it when the thread that starts it ends (Linux); for programs with one thread.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], die_with_parent: bool = False
+    ) -> None:
+        # closed with the object: what a dead process wrote is read afterwards
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if die_with_parent else None,
+        )
+        self._pending = b""
+
+    def ask(self, request: Json, timeout_s: float | Callable[[], float]) -> Json:
+        """The answer to a request.
+
+        Parameters
+        ----------
+        request : dict
+        timeout_s : float or callable
+            Seconds; or what gives the seconds that are left, asked again and again.
+
+        Raises
+        ------
+        WorkerFailed
+            The process ended or the time is over; it was killed.
+        """
+        assert self.process.stdin is not None
+        self._stderr.seek(0)
+        self._stderr.truncate()
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            raise self._failed("crash", None) from None
+        return self.receive(timeout_s)
+
+    def receive(self, timeout_s: float | Callable[[], float]) -> Json:
+        """The next answer, progress left out."""
+        start, at = time.monotonic(), None
+
+        def left() -> float:
+            if callable(timeout_s):
+                return timeout_s()
+            return start + timeout_s - time.monotonic()
+
+        for line in self._lines(left):
+            answer: Json = json.loads(line)
+            if "at" not in answer:
+                return answer
+            at = answer["at"]
+        raise self._failed("timeout" if left() <= 0 else "crash", at)
+
+    def _lines(self, left: Callable[[], float]) -> Iterator[bytes]:
+        """Lines until the process ends or no time is left."""
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while True:
+                while b"\n" in self._pending:
+                    line, _, self._pending = self._pending.partition(b"\n")
+                    yield line
+                if (wait := left()) <= 0:
+                    return
+                if selector.select(min(wait, 0.2)):
+                    data = os.read(self.process.stdout.fileno(), 1 << 16)
+                    if not data:
+                        return
+                    self._pending += data
+
+    def _failed(self, kind: str, at: int | None) -> WorkerFailed:
+        self.close(patience_s=1.0 if kind == "crash" else 0.0)
+        status = self.process.returncode
+        how = "no answer in time" if kind == "timeout" else _ending(status)
+        tail = self.stderr_tail()
+        return WorkerFailed(kind, f"{how}: {tail}" if tail else how, at)
+
+    def stderr_tail(self) -> str:
+        """The end of what the process wrote to stderr since the last request."""
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - TAIL_CHARS))
+        return self._stderr.read().replace(b"\0", b"").decode(errors="replace").strip()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def close(self, patience_s: float = 0.0) -> None:
+        """End the process and all it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _ending(status: int | None) -> str:
+    if status is None or status >= 0:
+        return f"the process ended with status {status}"
+    return f"the process was ended by {signal.Signals(-status).name}"
+
+
+def _die_with_parent() -> None:
+    """PR_SET_PDEATHSIG, Linux only."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """The variables of a worker whose kernels use so many threads, as the runtime sets them."""
+    return {
+        **os.environ,
+        "TVM_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "TVM_BIND_THREADS": "0",
+        "TVM_THREAD_POOL_SPIN_COUNT": "0",
+    }
+
+
+def serve_command(device: str) -> list[str]:
+    """The command that starts a worker; -P: the script's folder is no place to import from."""
+    return [sys.executable, "-P", str(Path(__file__).resolve()), "serve", "--device", device]
+
+
+# Detached measuring
+
+
+class Batch:
+    """The candidates of a folder, each measured in a worker that it can only end for itself."""
+
+    def __init__(self, folder: Path, device: str, threads: int, timeout_s: float) -> None:
+        self.folder, self.device, self.timeout_s = folder, device, timeout_s
+        self.environment = worker_environment(threads)
+        self.worker: Worker | None = None
+        self.case = ""
+
+    def run(self) -> None:
+        """Measure what has no result yet."""
+        path = self.folder / "results.jsonl"
+        done = _finished(path)
+        candidates = json.loads((self.folder / "candidates.json").read_text())
+        with path.open("a") as out:
+
+            def put(line: Json) -> None:
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+
+            if not done:
+                put(self._header())
+            for candidate in candidates:
+                if candidate["id"] not in done:
+                    put({"id": candidate["id"], **self._measure(candidate)})
+
+    def _header(self) -> Json:
+        names = ("torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+        return {
+            "device": self._ask({"do": "device"}),
+            "read_gb_per_s": self._ask({"do": "bandwidth"}).get("gb_per_s"),
+            "versions": {name: _version(name) for name in names},
+        }
+
+    def _measure(self, candidate: Json) -> Json:
+        library = str((self.folder / candidate["library"]).resolve())
+        found: Json = {}
+        try:
+            if self.worker is None or self.case != candidate["case"]:
+                self.case = ""
+                found = self._ask({"do": "load", "case": str(self.folder / candidate["case"])})
+                self.case = candidate["case"] if "failure" not in found else ""
+            for do in ("check", "time"):
+                if "failure" not in found:
+                    found |= self._ask({"do": do, "library": library})
+        except WorkerFailed as error:
+            self.worker = None
+            return _failure(error.kind, str(error))
+        kept = ("times_us", "max_error", "error_limit", "failure")
+        return {name: found[name] for name in kept if name in found}
+
+    def _ask(self, request: Json) -> Json:
+        if self.worker is None:
+            self.worker = Worker(serve_command(self.device), self.environment, True)
+            self.worker.receive(self.timeout_s)
+        return self.worker.ask(request, self.timeout_s)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _finished(path: Path) -> set[str]:
+    """Candidates that have a whole line; half a line at the end is cut off."""
+    if not path.exists():
+        return set()
+    whole = path.read_bytes().rpartition(b"\n")
+    path.write_bytes(whole[0] + whole[1])
+    lines = [json.loads(line) for line in whole[0].splitlines() if line]
+    return {line.get("id", "") for line in lines}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Check and time compiled candidates.")
+    parser.add_argument("mode", choices=("serve", "batch"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds per request")
+    given = parser.parse_args()
+    if given.mode == "serve":
+        serve(given.device)
+    else:
+        Batch(given.folder, given.device, given.threads, given.timeout).run()
+
+
+if __name__ == "__main__":
+    main()
