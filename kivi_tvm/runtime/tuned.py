@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kivi_tvm.config import KiviConfig
@@ -22,24 +23,24 @@ def find_records(cfg: KiviConfig, target: Mapping[str, Any]) -> Found:
     """
     found = find(target, cfg.kernel_key())
     if found.target_known and not found.records:
+        command = tune_command(cfg)
         announce_once(
             f"no tuning record on {slug(target)} for {cfg.kernel_key().slug}: default schedules "
-            f"are used; to tune them: {tune_command(cfg)}"
+            "are used" + (f"; to tune them: {command}" if command else "")
         )
     return found
 
 
-def tune_command(cfg: KiviConfig) -> str:
-    """The command line that tunes the kernels of `cfg` on this machine."""
+def tune_command(cfg: KiviConfig) -> str | None:
+    """The command line that tunes the kernels of `cfg` on this machine; None if it has no options.
+
+    That is so for pages of another size than the default, and for groups of keys and of values that
+    differ.
+    """
+    if cfg.G_k != cfg.G_v or cfg.P != replace(cfg, page_size=None).P:
+        return None
     return (
         f"kivi-tvm tune --target native --head-dim {cfg.D} --num-heads {cfg.H} "
-        f"--num-kv-heads {cfg.H_kv}"
-        + _option("key-bits", cfg.key_bits, 2)
-        + _option("value-bits", cfg.value_bits, 2)
-        + _option("group-size", cfg.group_size, 32)
-        + _option("dtype", cfg.dtype, "float16")
+        f"--num-kv-heads {cfg.H_kv} --bits {cfg.key_bits} {cfg.value_bits} "
+        f"--group-size {cfg.G_k} --dtype {cfg.dtype}"
     )
-
-
-def _option(name: str, value: object, default: object) -> str:
-    return "" if value == default else f" --{name} {value}"

@@ -1,5 +1,7 @@
 """Tuning records in builds: used for exactly their target, announced when stale or missing."""
 
+from dataclasses import replace
+
 import pytest
 from artifacts import CFG
 from records import record
@@ -140,7 +142,15 @@ def test_a_kernel_that_is_not_tuned_is_announced_once(good, native, root, capsys
         assert not tuned.find_records(CFG, identity).records
     (line,) = capsys.readouterr().err.splitlines()
     assert targets.slug(native) in line and KEY.slug in line
-    assert "kivi-tvm tune --target native --head-dim 64 --num-heads 8 --num-kv-heads 2" in line
+    assert line.endswith(
+        "kivi-tvm tune --target native --head-dim 64 --num-heads 8 --num-kv-heads 2 --bits 2 2 "
+        "--group-size 32 --dtype float16"
+    )
+
+
+@pytest.mark.parametrize("change", [{"page_size": 64}, {"key_group_size": 64}], ids=str)
+def test_no_command_is_given_for_what_it_cannot_express(change):
+    assert tuned.tune_command(replace(CFG, **change)) is None
 
 
 def test_the_cache_name_follows_the_records(good):
