@@ -45,16 +45,17 @@ def print_listing(rows: list[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     if not rows:
         console.print("no tuning records")
-    for (directory, target, device), group in _groups(rows).items():
-        table = Table(title=f"{directory}: {target} ({device})", title_justify="left")
-        for name in ("kernel", "function", "default us", "tuned us", "ratio", "kind", "date"):
+    for (directory, target, device, kernel), group in _groups(rows).items():
+        title = f"{directory}: {target} ({device})\n{kernel}"
+        table = Table(title=title, title_justify="left")
+        for name in ("function", "default us", "tuned us", "ratio", "kind", "date"):
             table.add_column(name, justify="right" if "us" in name or name == "ratio" else "left")
         for row in group:
             table.add_row(*_cells(row))
         console.print(table)
         for row in group:
             if row["stale"]:
-                console.print(f"stale: {row['kernel']} {row['function']}: {row['stale']}")
+                console.print(f"stale {row['function']}: {row['stale']}", markup=False)
 
 
 def prune(
@@ -112,14 +113,14 @@ def _row(found: KernelRecords, record: Record, check: bool) -> dict[str, Any]:
 def _groups(rows: list[dict[str, Any]]) -> Mapping[tuple[str, ...], list[dict[str, Any]]]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["directory"], row["target"], row["device"]), []).append(row)
+        group = row["directory"], row["target"], row["device"], row["kernel"]
+        groups.setdefault(group, []).append(row)
     return groups
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     kind = "stale" if row["stale"] else row["kind"]
     return [
-        row["kernel"],
         row["function"],
         f"{row['default_us']:,.1f}",
         f"{row['tuned_us']:,.1f}",
