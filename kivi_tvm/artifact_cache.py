@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from platformdirs import user_cache_path
 from kivi_tvm.artifact import ArtifactError, Manifest, manifest_path, read_artifact
 from kivi_tvm.errors import UserError
 from kivi_tvm.manifest import parse_manifest
+from kivi_tvm.notices import announce
 
 CACHE_DIR_ENV = "KIVI_TVM_CACHE_DIR"
 _WAIT_BEFORE_NOTICE_S = 1.0
@@ -64,11 +64,6 @@ def cache_dir() -> Path:
 def kernel_dir() -> Path:
     """Where compiled kernels lie inside `cache_dir()`."""
     return cache_dir() / "kernels"
-
-
-def announce(message: str) -> None:
-    """One line for the person who waits, on stderr."""
-    print(f"kivi-tvm: {message}", file=sys.stderr, flush=True)
 
 
 def cached(

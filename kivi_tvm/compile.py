@@ -16,8 +16,8 @@ from kivi_tvm.config import KernelKey
 from kivi_tvm.host import find_cxx
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.ops import FUNCTIONS, OPS
-from kivi_tvm.schedules import rule
-from kivi_tvm.schedules.choices import GuidedSchedule, Option
+from kivi_tvm.schedules import offers, rule
+from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class CompiledKernels:
 def scheduled_function(
     name: str, key: KernelKey, target: Target, decisions: Mapping[str, Option] | None = None
 ) -> GuidedSchedule:
-    """The function `name` of `FUNCTIONS`, scheduled for `target`.
+    """The function `name` of `FUNCTIONS`, made and scheduled for `target`.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def scheduled_function(
         Of the module, also for functions that take several tokens' queries.
     target : Target
     decisions : mapping of str to int or str, optional
-        Choices that the schedule makes otherwise than by default.
+        Choices made otherwise than by default.
 
     Returns
     -------
@@ -68,11 +68,16 @@ def scheduled_function(
         A decision is not among its choice's options, or no choice has that name.
     """
     op, extends = FUNCTIONS[name]
-    function = OPS[op](replace(key, rows_per_query=key.extend_rows) if extends else key)
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-    schedule = GuidedSchedule(module, decisions)
-    schedule.work_on(name)
+    op_key = replace(key, rows_per_query=key.extend_rows) if extends else key
     facts = targets.hardware(target)
+    made = {
+        parameter: decide(parameter, options, default, decisions or {})
+        for parameter, (options, default) in offers(op, facts, op_key).items()
+    }
+    function = OPS[op](op_key, **{parameter: choice.taken for parameter, choice in made.items()})
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    schedule = GuidedSchedule(module, decisions, made)
+    schedule.work_on(name)
     rule(op, facts)(schedule, facts)
     if unused := schedule.unused():
         raise ValueError(f"`decisions` of {name} must be among its choices, got {unused}")

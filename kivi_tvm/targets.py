@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.target import Target, codegen
+from tvm import get_global_func
+from tvm.target import Target, codegen, list_tags
 
+from kivi_tvm import target_names
 from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
 
@@ -41,21 +43,61 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
     """
     if target == "native":
         return _native()
-    try:
-        found = target if isinstance(target, Target) else Target(_fields(target))
-    except Exception as error:  # TVM raises several types, InternalError among them
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UserError(f"`target` must be one TVM knows, got {target!r} ({reason})") from error
-    if found.kind.name != "llvm":
+    found = target if isinstance(target, Target) else _parse(target)
+    kind = found.kind.name
+    if get_global_func(f"target.build.{kind}", allow_missing=True) is None:
         raise UserError(
-            f"`target` must be of kind 'llvm' or 'native', got kind {found.kind.name!r}"
+            f"`target` must be one that TVM can generate code for here, got kind {kind!r}"
         )
-    if "mtriple" in found.attrs and _machine(found) != _machine(_native()):
+    if kind != "llvm":
         raise UserError(
-            f"`target` must be this machine's architecture {_machine(_native())}, "
+            f"`target` must be of kind 'llvm' or 'native', got kind {kind!r}, "
+            "for which there are no schedules yet"
+        )
+    native = _native()
+    if "mtriple" in found.attrs and _machine(found) != _machine(native):
+        raise UserError(
+            f"`target` must be this machine's architecture {_machine(native)}, "
             f"got {_machine(found)}"
         )
-    return found if "mcpu" in found.attrs else _native()
+    if "mcpu" not in found.attrs:
+        return native
+    _check_cpu(str(found.attrs["mcpu"]), native)
+    return found
+
+
+def identity(target: Target) -> dict[str, Any]:
+    """What tells the target apart for tuning records; see `target_names.identity`."""
+    fields = as_dict(target)
+    if fields["kind"] == "llvm":
+        fields.setdefault("mtriple", codegen.llvm_get_system_triple())
+    return target_names.identity(fields)
+
+
+def slug(target: Target) -> str:
+    """The name of the target's directory of tuning records, for example `llvm-x86_64-znver4`."""
+    return target_names.slug(identity(target))
+
+
+def from_identity(fields: Mapping[str, Any]) -> Target:
+    """A target with the identity `fields`, also for another machine than this.
+
+    Raises
+    ------
+    ValueError
+        TVM knows no such target.
+    """
+    options = {name: x for name, x in fields.items() if name not in ("machine", "system")}
+    if triple := target_names.triple(fields):
+        machine = fields["machine"]
+        # LLVM ends the process when it is asked about an architecture that it does not have.
+        if machine not in map(str, codegen.llvm_get_targets()):
+            raise ValueError(f"`target` must be of a machine that LLVM knows, got {machine!r}")
+        options["mtriple"] = triple
+    try:
+        return Target(options)
+    except Exception as error:  # TVM raises several types, InternalError among them
+        raise ValueError(f"`target` must be one TVM knows, got {dict(fields)} ({error})") from error
 
 
 def as_dict(target: Target) -> dict[str, Any]:
@@ -72,6 +114,34 @@ def required_cpu_flags(target: Target) -> tuple[str, ...]:
 def hardware(target: Target) -> Hardware:
     """The facts that schedules use."""
     return Hardware(model="cpu", vector_bits=int(codegen.llvm_get_vector_width(target)))
+
+
+def _parse(target: str | Mapping[str, Any]) -> Target:
+    try:
+        return Target(_fields(target))
+    except Exception as error:  # TVM raises several types, InternalError among them
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        name = target.get("kind") if isinstance(target, Mapping) else target
+        close = target_names.nearest(str(name), _known_names())
+        hint = f"; nearest: {', '.join(close)}" if close else ""
+        raise UserError(
+            f"`target` must be one TVM knows, got {target!r} ({reason}){hint}"
+        ) from error
+
+
+def _known_names() -> list[str]:
+    return ["native", *Target.list_kinds(), *map(str, list_tags())]
+
+
+def _check_cpu(name: str, native: Target) -> None:
+    """LLVM would take "generic" for a processor that it does not know, and go on."""
+    known = {"generic", *map(str, codegen.llvm_get_cpu_archlist(native))}
+    if name not in known:
+        close = target_names.nearest(name, known)
+        hint = f"; nearest: {', '.join(close)}" if close else ""
+        raise UserError(
+            f"`mcpu` must be a processor that LLVM knows on {_machine(native)}, got {name!r}{hint}"
+        )
 
 
 def _fields(target: str | Mapping[str, Any]) -> str | dict[str, Any]:

@@ -2,18 +2,25 @@
 
 `rule(op, hardware)` gives the function over an `s_tir.Schedule` that finds the op's blocks by
 name. Programming models are folders; chips are `Hardware` records.
+
+What a schedule cannot do, such as sizing the chunks an operator works in, its factory can: a
+schedule file may offer the factory's parameters as choices too, in a function `offers(key)`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from tvm.s_tir import Schedule
 
+from kivi_tvm.config import KernelKey
+from kivi_tvm.schedules.choices import Option
 from kivi_tvm.targets import Hardware
 
 Rule = Callable[[Schedule, Hardware], None]
+Offers = dict[str, tuple[Sequence[Option], Option]]  # options and default by parameter
 
 
 def rule(op: str, hardware: Hardware) -> Rule:
@@ -24,6 +31,15 @@ def rule(op: str, hardware: Hardware) -> Rule:
     ModuleNotFoundError
         There is no schedule of that name for that programming model.
     """
-    module = importlib.import_module(f"kivi_tvm.schedules.{hardware.model}.{op}")
-    found: Rule = getattr(module, op)
+    found: Rule = getattr(_file(op, hardware), op)
     return found
+
+
+def offers(op: str, hardware: Hardware, key: KernelKey) -> Offers:
+    """Parameters of the factory of `op` that may be chosen, for the kernels of `key`."""
+    found: Callable[[KernelKey], Offers] | None = getattr(_file(op, hardware), "offers", None)
+    return found(key) if found else {}
+
+
+def _file(op: str, hardware: Hardware) -> ModuleType:
+    return importlib.import_module(f"kivi_tvm.schedules.{hardware.model}.{op}")

@@ -22,7 +22,7 @@ T = TypeVar("T", int, str)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice as a schedule function offered it, and what was taken."""
+    """One choice as it was offered, and what was taken."""
 
     options: tuple[Option, ...]
     default: Option
@@ -36,17 +36,20 @@ class GuidedSchedule(Schedule):
     ----------
     decisions : mapping of str to int or str
     choices : dict of str to Choice
-        What the schedule function offered so far, by name.
+        What was offered so far, by name: at first what the operator's factory was given.
     """
 
     __slots__ = ("choices", "decisions")  # TVM objects have no __dict__
 
     def __init__(
-        self, module: IRModule | PrimFunc, decisions: Mapping[str, Option] | None = None
+        self,
+        module: IRModule | PrimFunc,
+        decisions: Mapping[str, Option] | None = None,
+        choices: Mapping[str, Choice] | None = None,
     ) -> None:
         super().__init__(module)
         self.decisions = dict(decisions or {})
-        self.choices: dict[str, Choice] = {}
+        self.choices = dict(choices or {})
 
     def unused(self) -> tuple[str, ...]:
         """Decisions that the schedule function never asked for."""
@@ -71,17 +74,33 @@ def choose(sch: Schedule, name: str, options: Sequence[T], default: T) -> T:
     ValueError
         `default` or the decision is not an option, or the name was used before.
     """
-    taken = default
+    decisions: Mapping[str, Option] = {}
     if isinstance(sch, GuidedSchedule):
         if name in sch.choices:
             raise ValueError(f"`name` must be unique in a schedule, got {name!r} twice")
-        taken = sch.decisions.get(name, default)  # type: ignore[assignment]
-        sch.choices[name] = Choice(tuple(options), default, taken)
+        decisions = sch.decisions
+    choice = decide(name, options, default, decisions)
+    if isinstance(sch, GuidedSchedule):
+        sch.choices[name] = choice
+    # The instruction keeps the choice in the schedule's trace.
+    n = len(options)
+    index = choice.options.index(choice.taken)
+    sch.sample_categorical(list(range(n)), [1 / n] * n, decision=index)
+    return choice.taken  # type: ignore[return-value]
+
+
+def decide(
+    name: str, options: Sequence[Option], default: Option, decisions: Mapping[str, Option]
+) -> Choice:
+    """The choice `name`, taken as `decisions` say or by default.
+
+    Raises
+    ------
+    ValueError
+        `default` or the decision is not an option.
+    """
+    taken = decisions.get(name, default)
     for role, value in (("default", default), ("decision", taken)):
         if value not in options:
             raise ValueError(f"`{role}` of {name} must be one of {list(options)}, got {value!r}")
-    index = list(options).index(taken)
-    # The instruction keeps the choice in the schedule's trace.
-    n = len(options)
-    sch.sample_categorical(list(range(n)), [1 / n] * n, decision=index)
-    return taken
+    return Choice(tuple(options), default, taken)

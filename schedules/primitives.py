@@ -60,22 +60,17 @@ def divisors(extent: int, limit: int) -> list[int]:
     return [d for d in range(1, min(extent, limit) + 1) if extent % d == 0]
 
 
-def register_tiles(rows: int, vectors: int, accumulators: int) -> list[tuple[int, int]]:
-    """All tiles of divisors of `rows` and `vectors` with at most so many accumulators."""
-    return [
-        (r, v)
-        for r in divisors(rows, accumulators)
-        for v in divisors(vectors, accumulators)
-        if r * v <= accumulators
-    ]
-
-
 def register_tile(rows: int, vectors: int, accumulators: int) -> tuple[int, int]:
     """Divisors of `rows` and `vectors` whose tile loads least for each multiplication.
 
     A tile of `r` x `v` accumulators takes `r + v` loads for `r v` multiplications.
     """
-    tiles = register_tiles(rows, vectors, accumulators)
+    tiles = [
+        (r, v)
+        for r in divisors(rows, accumulators)
+        for v in divisors(vectors, accumulators)
+        if r * v <= accumulators
+    ]
     return min(tiles, key=lambda tile: sum(tile) / (tile[0] * tile[1]))
 
 
@@ -84,12 +79,16 @@ def choose_tile(
 ) -> tuple[int, int]:
     """Rows x vectors of a register tile, chosen as one: what matters is how they share registers.
 
-    `default` is brought down to divisors of `rows` and `vectors`.
+    What is taken is brought down to divisors of `rows` and `vectors`, so that the options do not
+    depend on other choices that change their number.
     """
-    tiles = register_tiles(rows, vectors, MAX_ACCUMULATORS)
-    fitting = max(divisors(rows, default[0])), max(divisors(vectors, default[1]))
-    names = {f"{r}x{v}": (r, v) for r, v in tiles}
-    return names[choose(sch, name, list(names), "{}x{}".format(*fitting))]
+    powers = [1, 2, 4, 8, 16]
+    tiles = [(r, v) for r in divisors(rows, MAX_ACCUMULATORS) for v in powers]
+    names = {f"{r}x{v}": (r, v) for r, v in tiles if r * v <= MAX_ACCUMULATORS}
+    fitting = max(divisors(rows, default[0])), default[1]
+    names["{}x{}".format(*fitting)] = fitting
+    r, v = names[choose(sch, name, list(names), "{}x{}".format(*fitting))]
+    return r, max(divisors(vectors, v))
 
 
 def choose_lanes(sch: Schedule, name: str, widest: int, extent: int) -> int:
@@ -132,9 +131,8 @@ def contract_in_registers(
     vector, lane = split_off(sch, lane, lanes)
     tile, vector = split_off(sch, vector, vectors)
     outer = [row_tile, tile]
-    if shape[0] > rows and shape[1] > vectors:
-        if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
-            outer.reverse()
+    if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
+        outer.reverse()
     sch.reorder(*outer, row, vector, lane)
     sch.compute_at(block, outer[-1], preserve_unit_loops=True)
     sch.set_scope(block, 0, "local")

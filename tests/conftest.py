@@ -23,9 +23,11 @@ settings.load_profile("kivi")
 
 
 def pytest_configure(config):
-    """Keep artifacts and converted weights of the tests inside the checkout."""
-    cache = Path(config.rootpath) / ".cache" / "kivi-tvm"
-    os.environ.setdefault("KIVI_TVM_CACHE_DIR", str(cache))
+    """Keep artifacts, converted weights and tuning records of the tests inside the checkout."""
+    cache = Path(config.rootpath) / ".cache"
+    os.environ.setdefault("KIVI_TVM_CACHE_DIR", str(cache / "kivi-tvm"))
+    # Not the user's: what a developer has tuned must not change what the tests build.
+    os.environ.setdefault("KIVI_TVM_TUNING_DIR", str(cache / "tuning_logs"))
 
 
 def pytest_collection_modifyitems(items):

@@ -12,10 +12,10 @@ import kivi_tvm
 PACKAGE = Path(kivi_tvm.__file__).parent
 # The modules of one line may import each other and those of the lines above.
 LAYERS = [
-    {"config", "cpu", "errors", "host", "layout"},
+    {"config", "cpu", "errors", "host", "layout", "notices", "target_names"},
     {"reference", "workloads", "geometry", "targets", "ops"},
     {"schedules"},
-    {"database"},
+    {"database", "database_files", "tuning_record"},
     {"tune", "compile", "artifact", "artifact_cache", "cache_key", "manifest"},
     {"runtime"},
     {"hf", "model_export", "tuning_logs"},

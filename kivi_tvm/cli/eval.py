@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         report.check_plot(args.plot)
     options = _options(args)
     names, text = _load(args, options)
-    from kivi_tvm.artifact_cache import announce
+    from kivi_tvm.notices import announce
 
     outcomes = list(compare.compare(text, options, announce))
     if args.json:

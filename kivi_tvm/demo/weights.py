@@ -12,9 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kivi_tvm.artifact_cache import announce, cache_dir
+from kivi_tvm.artifact_cache import cache_dir
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import installed_version
+from kivi_tvm.notices import announce
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"

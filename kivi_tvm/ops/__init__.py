@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.advance import advance
 from kivi_tvm.ops.append import append
 from kivi_tvm.ops.attend import attend
@@ -22,9 +21,10 @@ from kivi_tvm.ops.fill_window import fill_window
 from kivi_tvm.ops.quantize_key import quantize_key
 from kivi_tvm.ops.quantize_value import quantize_value
 
-Operator = Callable[[KernelKey], Any]
+Operator = Callable[..., Any]
 
-# Every operator: a factory from the kernel key to a PrimFunc of that name.
+# Every operator: a factory from the kernel key, and from what a schedule offers beside it, to a
+# PrimFunc of that name.
 OPS: dict[str, Operator] = {
     "advance": advance,
     "append": append,

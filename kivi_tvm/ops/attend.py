@@ -26,11 +26,17 @@ from kivi_tvm.ops.online_softmax import (
 )
 
 
-def attend(key: KernelKey):
+def attend(key: KernelKey, chunk_tokens: int | None = None):
     """Partial attention of every work item over its split of the packed tokens.
 
-    A work item covers `key.split_tokens` tokens of one row; the scores of `key.chunk_tokens` are
-    held at once.
+    A work item covers `key.split_tokens` tokens of one row.
+
+    Parameters
+    ----------
+    key : KernelKey
+    chunk_tokens : int, optional
+        Tokens whose scores are held at once: whole pages, a divisor of `key.split_tokens`; default
+        `key.chunk_tokens`.
 
     Returns
     -------
@@ -47,7 +53,7 @@ def attend(key: KernelKey):
     k_order = pack_order(key.pack_order, key.key_bits)
     v_order = pack_order(key.pack_order, key.value_bits)
     k_mask, v_mask = k_order.code_mask, v_order.code_mask
-    C, SPLIT = key.chunk_tokens, key.split_tokens
+    C, SPLIT = chunk_tokens or key.chunk_tokens, key.split_tokens
     CHUNKS, PAGES, N_k, N_v = SPLIT // C, C // P, P // G_k, D // G_v
 
     def power(shift):

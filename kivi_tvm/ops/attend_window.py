@@ -19,11 +19,17 @@ from kivi_tvm.ops.online_softmax import (
     store_blocks,
 )
 
-CHUNK = 32  # window tokens whose scores are held at once
+CHUNK_TOKENS = 32
 
 
-def attend_window(key: KernelKey):
+def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS):
     """Partial attention of every row over its window, stored as one partial result.
+
+    Parameters
+    ----------
+    key : KernelKey
+    chunk_tokens : int
+        Tokens whose scores are held at once.
 
     Returns
     -------
@@ -32,7 +38,7 @@ def attend_window(key: KernelKey):
         entry, part_acc [B, H n, X, D], part_stat [B, H n, X, 2])` with `n` tokens' queries per
         head; the result is number `X - entry`; rows with slot -1 are skipped.
     """
-    D, M, C, dtype = key.head_dim, key.rows, CHUNK, key.dtype
+    D, M, C, dtype = key.head_dim, key.rows, chunk_tokens, key.dtype
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivi_tvm.artifact import ArtifactError, Manifest, read_artifact, write_artifact
-from kivi_tvm.artifact_cache import CacheUnavailable, announce, cached
+from kivi_tvm.artifact_cache import CacheUnavailable, cached
 from kivi_tvm.cache_key import cache_name
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
+from kivi_tvm.notices import announce
 from kivi_tvm.runtime import persistence
 from kivi_tvm.runtime.cache import Cache
 from kivi_tvm.runtime.library import Library, open_library, set_thread_defaults

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
+from kivi_tvm.config import KernelKey
+from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.primitives import (
     choose_width,
     contract_in_registers,
+    divisors,
     parallelize,
     reduce_by_lanes,
     vectorize_last,
@@ -20,6 +23,17 @@ ELEMENTWISE = (
     "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
     "store_acc",
 )  # fmt: skip
+
+MAX_CHUNK_TOKENS = 512
+MAX_CHUNK_SCORES = 16384  # float32 numbers, of which there are four per score: a quarter of an L2
+
+
+def offers(key: KernelKey) -> Offers:
+    """Longer chunks have fewer ends; their scores take more cache."""
+    most = min(MAX_CHUNK_TOKENS, MAX_CHUNK_SCORES // key.rows)
+    pages = divisors(key.split_tokens // key.page_size, max(1, most // key.page_size))
+    options = sorted({key.chunk_tokens, *(n * key.page_size for n in pages)})
+    return {"chunk_tokens": (options, key.chunk_tokens)}
 
 
 def attend(sch: Schedule, hardware: Hardware) -> None:

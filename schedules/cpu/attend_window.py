@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
+from kivi_tvm.config import KernelKey
+from kivi_tvm.ops.attend_window import CHUNK_TOKENS
+from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.primitives import (
     choose_width,
     contract_in_registers,
@@ -18,6 +21,12 @@ from kivi_tvm.targets import Hardware
 
 ELEMENTWISE = ("q_scaled", "start_acc", "prob", "mass", "new_acc", "keep_acc", "store_acc")
 ACCUMULATORS = 14  # registers of a tile; AVX2 has 16
+
+
+def offers(key: KernelKey) -> Offers:
+    """A chunk longer than the window computes scores for nothing."""
+    del key  # the window's length is a run-time value
+    return {"chunk_tokens": ([16, 32, 64, 128], CHUNK_TOKENS)}
 
 
 def attend_window(sch: Schedule, hardware: Hardware) -> None:

@@ -1,5 +1,6 @@
 """CPU schedules: threads around the rows and splits, lanes within, for narrow and wide SIMD."""
 
+import random
 import re
 
 import pytest
@@ -7,10 +8,13 @@ import tvm
 from configurations import CONFIGS, POINTS, config, config_id
 from tvm.s_tir import Schedule
 
-from kivi_tvm.ops import OPS
+from kivi_tvm import targets
+from kivi_tvm.compile import scheduled_function
+from kivi_tvm.ops import FUNCTIONS, OPS
 from kivi_tvm.schedules import rule
 from kivi_tvm.targets import Hardware
 
+TARGET = targets.resolve("native")
 NARROW, WIDE = Hardware("cpu", 128), Hardware("cpu", 512)
 SERIAL = {"advance"}  # one short loop
 INSPECTION = {"dequantize_key", "dequantize_value"}  # scheduled for threads alone
@@ -47,6 +51,16 @@ def test_narrow_registers(cfg):
     """Every operator can be scheduled for 128 bits, whatever the shape."""
     for name in OPS:
         scheduled(name, cfg, NARROW)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS[::8], ids=config_id)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_decisions_can_be_scheduled(name, cfg):
+    generator = random.Random(name)
+    offered = scheduled_function(name, cfg.kernel_key(), TARGET).choices
+    decisions = {choice: generator.choice(x.options) for choice, x in offered.items()}
+    found = scheduled_function(name, cfg.kernel_key(), TARGET, decisions).choices
+    assert {choice: x.taken for choice, x in found.items()} == decisions
 
 
 def test_an_operator_without_a_schedule():
