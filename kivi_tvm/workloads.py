@@ -214,6 +214,14 @@ MODELS: dict[str, Workload] = {
     "falcon-7b": Workload(num_heads=71, num_kv_heads=1, head_dim=64, tokens=2048),
 }
 
+# What tuning records are committed for: one layer of a real model's size, by what kernels see.
+TUNED: dict[str, Workload] = {
+    f"D{D}-M{M}-b{b}": Workload(32, 32 // M, D, 8192, 1, b, b, dtype="float32")
+    for D in (64, 128)
+    for M in (1, 4, 8)
+    for b in (2, 4)
+}
+
 
 def make_inputs(w: Workload, steps: int = 1) -> Inputs:
     """Draw the prefill and `steps` decode steps of workload `w`.

@@ -13,7 +13,7 @@ PACKAGE = Path(kivi_tvm.__file__).parent
 # The modules of one line may import each other and those of the lines above.
 LAYERS = [
     {"config", "cpu", "errors", "host", "layout", "notices", "target_names"},
-    {"reference", "workloads", "targets", "ops"},
+    {"reference", "workloads", "geometry", "targets", "ops"},
     {"schedules"},
     {"database", "database_files", "tuning_record"},
     {"tune", "compile", "artifact", "artifact_cache", "cache_key", "manifest"},

@@ -229,6 +229,17 @@ def check_call(kernel: Kernel, call: Json, device: str) -> tuple[float, float]:
     )
     if device == "cuda":
         torch.cuda.synchronize()
+    return judge(call, held)
+
+
+def judge(call: Json, held: list[Guarded | None]) -> tuple[float, float]:
+    """Compare what a call left in its arguments (None: a number) with what it should have left.
+
+    Raises
+    ------
+    Wrong
+        Something differs.
+    """
     errors = [_check_close(rule, held) for rule in call["close"]]
     for number, each in enumerate(held):
         if each is None:
