@@ -1,0 +1,131 @@
+"""One task in a session: its search, its journal, and how far it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from kivi_tvm.tune.candidate import Candidate, Failure, Measured
+from kivi_tvm.tune.journal import Journal, Trial
+from kivi_tvm.tune.outcome import Outcome, Progress
+from kivi_tvm.tune.plan import Need
+from kivi_tvm.tune.search import Search
+
+FINALISTS = 5  # candidates that are compared with the default at the end
+# After this many trials without a single success a task is given up.
+HOPELESS_TRIALS = 16
+
+
+class Work:
+    """The state of one task; trials of earlier runs count as done.
+
+    Parameters
+    ----------
+    progress : Progress
+    search : Search
+    journal : Journal
+    """
+
+    def __init__(self, progress: Progress, search: Search, journal: Journal) -> None:
+        self.progress, self._search, self._journal = progress, search, journal
+        self._best: dict[str, Trial] = {}
+        self._default_failure: Failure | None = None
+        self.outcome: Outcome | None = None
+        self._reported = 0
+        self._proposed = 0
+        for trial in journal.trials:
+            if trial.schedule_hash:
+                self._search.tell(trial.decisions, trial.schedule_hash, trial.us)
+            else:
+                self._search.tell_unschedulable(trial.decisions)
+            self._count(trial)
+        progress.resumed = progress.done
+        self._proposed = progress.done
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether further trials make sense."""
+        hopeless = self.progress.done >= HOPELESS_TRIALS and not self._best
+        return not (self._search.exhausted or hopeless)
+
+    @property
+    def need(self) -> Need:
+        """What it could use of the trials that are left."""
+        size = self.progress.size
+        room = max(0 if size.exact else 1, size.points - self._proposed)
+        least = int(self._proposed == 0)  # the default is measured in any case
+        return Need(self.progress.task.function, room, least)
+
+    def plan(self, share: int) -> None:
+        """Note how many more trials this task will have."""
+        self.progress.planned = self._proposed + share
+
+    def propose(self, n: int) -> list[Candidate]:
+        """Up to `n` new candidates; schedules that failed on the way go to the journal."""
+        found = self._search.propose(n)
+        self._proposed += len(found)
+        failed = self._search.failures[self._reported :]
+        if failed:
+            self._reported += len(failed)
+            trials = [
+                Trial(point.decisions, "", failure=Failure("schedule", point.failure or ""))
+                for point in failed
+            ]
+            self._journal.append(trials)
+            for trial in trials:
+                self._count(trial)
+        return found
+
+    def take(self, measured: Sequence[Measured], build_s: Mapping[str, float]) -> None:
+        """Note finished trials; `build_s` by schedule hash."""
+        trials = [Trial.of(each, build_s[each.candidate.schedule_hash]) for each in measured]
+        self._journal.append(trials)
+        for trial in trials:
+            self._search.tell(trial.decisions, trial.schedule_hash, trial.us)
+            self._count(trial)
+
+    def finalists(self) -> list[Candidate]:
+        """The default, then the best others."""
+        ordered = sorted(self._best.values(), key=lambda trial: trial.us)
+        default = [trial for trial in ordered if not trial.decisions]
+        others = [trial for trial in ordered if trial.decisions][:FINALISTS]
+        task = self.progress.task
+        return [Candidate(task, t.decisions, t.schedule_hash, t.origin) for t in default + others]
+
+    def why_failed(self, compared: Sequence[Measured] = ()) -> str:
+        """Why there is no result: without its default a task has nothing to compare with."""
+        failed = [each.failure for each in compared if not each.candidate.decisions]
+        failure = next(filter(None, failed), self._default_failure)
+        if failure is None:
+            return "not reached"
+        others = f"; {len(self._best)} others work" if self._best else ""
+        return f"the default failed: {failure.kind}: {failure.message}{others}"
+
+    def finish(self, **fields: object) -> Outcome:
+        """The outcome with `fields`: those of a result, or `error`."""
+        progress = self.progress
+        self.outcome = Outcome(
+            progress.task,
+            progress.done,
+            dict(progress.failures),
+            progress.size,
+            self._search.exhausted,
+            tuple(progress.curve),
+            **fields,  # type: ignore[arg-type]
+        )
+        progress.state = "done"
+        return self.outcome
+
+    def _count(self, trial: Trial) -> None:
+        progress = self.progress
+        if trial.failure is not None:
+            progress.failures[trial.failure.kind] += 1
+            if not trial.decisions:
+                self._default_failure = trial.failure
+        if not trial.schedule_hash:
+            return
+        if math.isfinite(trial.us):
+            self._best[trial.schedule_hash] = trial
+            if not trial.decisions:
+                progress.default_us = trial.us
+        progress.curve.append(min(progress.best_us, trial.us))
