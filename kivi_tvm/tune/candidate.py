@@ -76,6 +76,9 @@ class Built:
 class Measured:
     """A candidate's times in microseconds, or why there are none.
 
+    `default_us` is the default's median in the same rounds, where both were timed in turn: what a
+    busy machine does to one it does to the other.
+
     `max_error` is its largest error against the reference relative to nothing but the reference's
     norm; 0 for functions whose results must be equal bit for bit.
     """
@@ -85,6 +88,7 @@ class Measured:
     max_error: float | None = None
     error_limit: float | None = None
     failure: Failure | None = None
+    default_us: float | None = None
 
     @property
     def us(self) -> float:

@@ -37,18 +37,25 @@ class Trial:
     error_limit: float | None = None
     failure: Failure | None = None
     build_s: float = 0.0
+    default_us: float | None = None
 
     @classmethod
     def of(cls, measured: Measured, build_s: float) -> Trial:
         """The trial of a measured candidate."""
         c, m = measured.candidate, measured
         facts = m.times_us, m.max_error, m.error_limit, m.failure
-        return cls(dict(c.decisions), c.schedule_hash, c.origin, *facts, build_s)
+        return cls(
+            dict(c.decisions), c.schedule_hash, c.origin, *facts, build_s, measured.default_us
+        )
 
     @property
     def us(self) -> float:
         """The median time; infinite for a failed candidate."""
         return median_low(self.times_us) if self.times_us else math.inf
+
+    def us_beside(self, default_us: float) -> float:
+        """The time on a machine on which the default takes `default_us`."""
+        return self.us * default_us / self.default_us if self.default_us else self.us
 
     def to_json(self) -> str:
         failure = self.failure and {"kind": self.failure.kind, "message": self.failure.message}

@@ -37,6 +37,7 @@ class LocalRunner:
     """
 
     method = "local"
+    in_turn = True
 
     def __init__(
         self,

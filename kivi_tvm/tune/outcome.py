@@ -36,7 +36,7 @@ class Options:
     seed: int = 0
     cost_model: str = "random"
     batch: int = 8
-    rounds: int = 10
+    rounds: int = 30
 
 
 @dataclass(slots=True)

@@ -56,6 +56,7 @@ class RpcRunner:
     """
 
     method = "rpc"
+    in_turn = False  # there may be several servers
 
     def __init__(
         self,

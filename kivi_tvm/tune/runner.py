@@ -31,6 +31,8 @@ class Runner(Protocol):
     device: DeviceInfo
     method: str
 
+    in_turn: bool  # one device: candidates are better timed in turn than one after the other
+
     def measure(self, built: Sequence[Built]) -> list[Measured]:
         """Check each candidate against the reference, then time it; the order is kept."""
         ...

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median_low
 from types import FrameType
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from kivi_tvm.tune.work import Work
 
 # What a candidate must gain on the default to replace it: less is within the noise.
 MIN_GAIN = 1.02
+SEARCH_ROUNDS = 12  # of timing a batch in turn: enough to tell 5%
 INTERRUPTED = "interrupted"
 
 
@@ -162,7 +164,7 @@ class _Session:
         ready = [each for each in built if each.failure is None]
         times = {each.candidate.schedule_hash: each.seconds for each in built}
         measured = [Measured(b.candidate, failure=b.failure) for b in built if b.failure]
-        measured += self._tools.runner.measure(ready) if ready else []
+        measured += self._timed(batch.work, ready) if ready else []
         if self._stopped:
             # Ctrl-C reaches child processes too: a crash now says nothing about the candidate.
             measured = [m for m in measured if not m.failure or m.failure.kind != "crash"]
@@ -173,6 +175,21 @@ class _Session:
         budget = self._options.time_budget_s
         if budget is not None and time.monotonic() - self._started > budget:
             self._stopped = self._stopped or "the time budget is used up"
+
+    def _timed(self, work: Work, built: Sequence[Built]) -> list[Measured]:
+        """Time a batch: on one device in turn with the default, whose time the others' go by."""
+        runner = self._tools.runner
+        default = next((each for each in built if not each.candidate.decisions), work.default)
+        if default is None and (candidate := work.default_candidate()):
+            default = self._tools.builder.submit(candidate).result()
+        if not runner.in_turn or default is None or default.failure:
+            return runner.measure(built)
+        work.default = default
+        others = [each for each in built if each is not default]
+        beside, *found = runner.compare([default, *others], SEARCH_ROUNDS)
+        if beside.failure is None:
+            found = [replace(each, default_us=beside.us) for each in found]
+        return [beside, *found] if len(others) < len(built) else found
 
     def _finish_untouched(self, work: Work) -> None:
         """All its trials are from earlier runs, or none was reached."""
@@ -192,13 +209,14 @@ class _Session:
         default = next((each for each in right if not each.candidate.decisions), None)
         fields = self._result(default, right) if default else {"error": work.why_failed(found)}
         outcome = work.finish(**fields)
-        if outcome.error is None:
-            self._tools.publish(outcome)
+        if outcome.error is None and outcome.trials > 1:
+            self._tools.publish(outcome)  # with nothing but its default a function is not tuned
         self._tools.observer.finished(outcome)
 
     def _result(self, default: Measured, found: Sequence[Measured]) -> dict[str, object]:
-        best = min(found, key=lambda each: each.us)
-        winner = best if best.us * MIN_GAIN < default.us else default
+        best = max(found, key=lambda each: _gain(default, each))
+        better = _gain(default, best) > MIN_GAIN and best.us < default.us
+        winner = best if better else default
         if self._bandwidth is None:
             self._bandwidth = self._tools.runner.read_gb_per_s()
         return {
@@ -233,3 +251,8 @@ class _Session:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def _gain(default: Measured, found: Measured) -> float:
+    """How many times faster than the default: the median over the rounds, each timed in turn."""
+    return median_low([a / b for a, b in zip(default.times_us, found.times_us)])

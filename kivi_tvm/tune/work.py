@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from kivi_tvm.tune.candidate import Candidate, Failure, Measured
+from kivi_tvm.tune.candidate import Built, Candidate, Failure, Measured
 from kivi_tvm.tune.journal import Journal, Trial
 from kivi_tvm.tune.outcome import Outcome, Progress
 from kivi_tvm.tune.plan import Need
@@ -28,15 +28,14 @@ class Work:
 
     def __init__(self, progress: Progress, search: Search, journal: Journal) -> None:
         self.progress, self._search, self._journal = progress, search, journal
-        self._best: dict[str, Trial] = {}
+        self._best: dict[str, tuple[float, Trial]] = {}
         self._default_failure: Failure | None = None
         self.outcome: Outcome | None = None
+        self.default: Built | None = None  # beside which others are timed
         self._reported = 0
         self._proposed = 0
         for trial in journal.trials:
-            if trial.schedule_hash:
-                self._search.tell(trial.decisions, trial.schedule_hash, trial.us)
-            else:
+            if not trial.schedule_hash:
                 self._search.tell_unschedulable(trial.decisions)
             self._count(trial)
         progress.resumed = progress.done
@@ -86,16 +85,19 @@ class Work:
         trials = [Trial.of(each, build_s[each.candidate.schedule_hash]) for each in measured]
         self._journal.append(trials)
         for trial in trials:
-            self._search.tell(trial.decisions, trial.schedule_hash, trial.us)
             self._count(trial)
 
     def finalists(self) -> list[Candidate]:
         """The default, then the best others."""
-        ordered = sorted(self._best.values(), key=lambda trial: trial.us)
+        ordered = [trial for _, trial in sorted(self._best.values(), key=lambda each: each[0])]
         default = [trial for trial in ordered if not trial.decisions]
         others = [trial for trial in ordered if trial.decisions][:FINALISTS]
         task = self.progress.task
         return [Candidate(task, t.decisions, t.schedule_hash, t.origin) for t in default + others]
+
+    def default_candidate(self) -> Candidate | None:
+        """The default, once it was measured."""
+        return next((each for each in self.finalists() if not each.decisions), None)
 
     def why_failed(self, compared: Sequence[Measured] = ()) -> str:
         """Why there is no result: without its default a task has nothing to compare with."""
@@ -129,8 +131,10 @@ class Work:
                 self._default_failure = trial.failure
         if not trial.schedule_hash:
             return
-        if math.isfinite(trial.us):
-            self._best[trial.schedule_hash] = trial
-            if not trial.decisions:
-                progress.default_us = trial.us
-        progress.curve.append(min(progress.best_us, trial.us))
+        if math.isfinite(trial.us) and not trial.decisions:
+            progress.default_us = trial.us
+        us = trial.us_beside(progress.default_us)
+        self._search.tell(trial.decisions, trial.schedule_hash, us)
+        if math.isfinite(us):
+            self._best[trial.schedule_hash] = us, trial
+        progress.curve.append(min(progress.best_us, us))
