@@ -17,15 +17,20 @@ CODE_SOURCES = (
     "config.py",
     "layout.py",
     "targets.py",
+    "target_names.py",
     "compile.py",
     "database.py",
     "ops",
     "schedules",
-    "tuning_logs",
 )
 
 
-def cache_name(key: KernelKey, target: Mapping[str, Any], cpu_flags: Iterable[str] = ()) -> str:
+def cache_name(
+    key: KernelKey,
+    target: Mapping[str, Any],
+    cpu_flags: Iterable[str] = (),
+    tuning: str = "",
+) -> str:
     """A file name for everything that changes the code: "<slug>-<16 hex digits>".
 
     Parameters
@@ -35,6 +40,9 @@ def cache_name(key: KernelKey, target: Mapping[str, Any], cpu_flags: Iterable[st
         The target as plain JSON, "native" already resolved to a processor and its features.
     cpu_flags : iterable of str
         The processor flags that code will need.
+    tuning : str
+        `database.Found.digest` of the records that are used; tuning one kernel key rebuilds no
+        other.
     """
     versions = current_versions()
     identity = {
@@ -44,6 +52,7 @@ def cache_name(key: KernelKey, target: Mapping[str, Any], cpu_flags: Iterable[st
         "cpu_flags": sorted(cpu_flags),
         "versions": {name: versions[name] for name in ("tvm", "tvm_ffi")},
         "sources": sources_digest(),
+        "tuning": tuning,
     }
     text = json.dumps(identity, sort_keys=True)
     return f"{key.slug}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -51,12 +60,12 @@ def cache_name(key: KernelKey, target: Mapping[str, Any], cpu_flags: Iterable[st
 
 @cache
 def sources_digest(root: Path | None = None) -> str:
-    """SHA-256 over the package's files from which code is generated, tuning records included."""
+    """SHA-256 over the package's files from which code is generated."""
     root = root or Path(__file__).parent
     files: set[Path] = set()
     for name in CODE_SOURCES:
         path = root / name
-        files.update([path] if path.is_file() else path.rglob("*.py"), path.rglob("*.json"))
+        files.update([path] if path.is_file() else path.rglob("*.py"))
     digest = hashlib.sha256()
     for path in sorted(files):
         content = path.read_bytes()

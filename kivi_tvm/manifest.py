@@ -14,11 +14,12 @@ from kivi_tvm.host import Platform, installed_version
 
 # Raised whenever the manifest or what a compiled function takes, returns or means changes: an
 # artifact of another format is refused.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DISTRIBUTIONS = {"kivi_tvm": "kivi-tvm", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
 # First release that works and first one that is not known to (the pins of pyproject.toml).
 VERSION_RANGES = {"tvm": ((0, 27, 0), (0, 28, 0)), "tvm_ffi": ((0, 1, 14), (0, 2, 0))}
 KERNEL_SOURCES = ("default", "tuned")
+TUNING_FIELDS = {"device", "date", "default_us", "tuned_us", "origin"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class Manifest:
         TVM's target as plain JSON, with the processor it was resolved to.
     sources : dict
         Per kernel, "default" or "tuned": where its schedule came from.
+    tuning : dict
+        Per tuned kernel, which record: `device`, `date`, `default_us`, `tuned_us`, and `origin`,
+        "user" or "package".
     config : dict or None
         `KiviConfig.to_dict()`; None in the per-user cache, where an artifact serves every
         configuration with this kernel key.
@@ -49,6 +53,7 @@ class Manifest:
     kernel_key: Mapping[str, Any]
     target: Mapping[str, Any]
     sources: Mapping[str, str]
+    tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     cpu_flags: tuple[str, ...] = ()
     platform: Platform = field(default_factory=Platform.here)
@@ -71,7 +76,7 @@ class Manifest:
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["platform"] = self.platform.to_dict()
         record["cpu_flags"] = list(self.cpu_flags)
-        for name in ("kernel_key", "target", "sources", "versions"):
+        for name in ("kernel_key", "target", "sources", "tuning", "versions"):
             record[name] = dict(record[name])
         record["compute"] = self.compute
         return {**record, "checksum": _checksum(record)}
@@ -140,7 +145,7 @@ def _structure_problems(record: dict[str, Any]) -> list[str]:
 def _content_problems(record: dict[str, Any]) -> list[str]:
     """What a writer other than `write_artifact` could have put wrong."""
     found = []
-    for name in ("kernel_key", "target", "sources", "versions", "platform"):
+    for name in ("kernel_key", "target", "sources", "tuning", "versions", "platform"):
         if not isinstance(record[name], dict):
             found.append(f"`{name}` must be an object, got {record[name]!r}")
     if not _is_list_of_str(record["cpu_flags"]):
@@ -152,6 +157,12 @@ def _content_problems(record: dict[str, Any]) -> list[str]:
     for kernel, source in record["sources"].items():
         if source not in KERNEL_SOURCES:
             found.append(f"`sources` of {kernel} must be in {KERNEL_SOURCES}, got {source!r}")
+    tuned = {kernel for kernel, source in record["sources"].items() if source == "tuned"}
+    if record["tuning"].keys() != tuned:
+        found.append(f"`tuning` must name the tuned kernels, got {sorted(record['tuning'])}")
+    for kernel, origin in record["tuning"].items():
+        if not isinstance(origin, dict) or origin.keys() != TUNING_FIELDS:
+            found.append(f"`tuning` of {kernel} must have {sorted(TUNING_FIELDS)}, got {origin!r}")
     return found + _config_problems(record)
 
 

@@ -1,1 +1,1 @@
-"""Pruned MetaSchedule records, one directory per target. Read with `importlib.resources`."""
+"""Tuning records, one directory per target: `kivi_tvm.database` reads and writes them."""

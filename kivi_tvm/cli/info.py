@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kivi_tvm import artifact_cache, cpu, host
+from kivi_tvm import artifact_cache, cpu, database, host
 from kivi_tvm.cli import COMMANDS
 from kivi_tvm.errors import UserError
 
@@ -53,6 +53,7 @@ def collect(with_devices: bool = False) -> dict[str, Any]:
         "paths": {
             "package": str(Path(__file__).parent.parent),
             "cache": str(artifact_cache.cache_dir()),
+            "tuning": str(database.user_dir()),
             "tvm_runtime": _runtime_path(),
         },
         "cpu": {
@@ -103,18 +104,16 @@ def _compiler() -> dict[str, str] | None:
 
 
 def _tuned() -> list[dict[str, Any]]:
-    """Targets with tuning records: one folder each, with one record per line."""
-    folders = (Path(__file__).parent.parent / "tuning_logs").glob("*/")
-    return [
-        {"target": folder.name, "records": _records(folder)}
-        for folder in sorted(folders)
-        if folder.is_dir() and not folder.name.startswith(("_", "."))
-    ]
-
-
-def _records(folder: Path) -> int:
-    logs = folder.glob("database_tuning_record*.json")
-    return sum(len(log.read_text(encoding="utf-8").splitlines()) for log in logs)
+    """Targets with tuning records, the user's first, as builds look them up."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for origin, root in database.roots().items():
+        for entry in database.entries(root):
+            folder = (root / entry.path).parent
+            about = {"target": folder.name, "origin": origin, "kernels": 0, "records": 0}
+            row = found.setdefault((origin, folder.name), {**about, "path": str(folder)})
+            row["kernels"] += 1
+            row["records"] += len(entry.records)
+    return list(found.values())
 
 
 def _devices() -> list[str]:
@@ -141,9 +140,16 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         ("tvm runtime", facts["paths"]["tvm_runtime"] or "not found"),
     ]
     rows += [("device", device) for device in facts.get("devices", ())]
-    rows += [("tuned", f"{t['target']}: {t['records']} records") for t in facts["tuned"]]
+    rows += _tuned_rows(facts["tuned"])
     rows += _cache_rows(facts)
     return [f"{name:<16}{value}" for name, value in rows]
+
+
+def _tuned_rows(tuned: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [
+        ("tuned", f"{t['target']}: {t['records']} records of {t['kernels']} kernels ({t['path']})")
+        for t in tuned
+    ]
 
 
 def _cache_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

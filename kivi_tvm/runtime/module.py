@@ -14,6 +14,7 @@ from kivi_tvm.artifact import ArtifactError, Manifest, read_artifact, write_arti
 from kivi_tvm.artifact_cache import CacheUnavailable, cached
 from kivi_tvm.cache_key import cache_name
 from kivi_tvm.config import KiviConfig
+from kivi_tvm.database import Found
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
 from kivi_tvm.notices import announce
@@ -21,6 +22,7 @@ from kivi_tvm.runtime import persistence
 from kivi_tvm.runtime.cache import Cache
 from kivi_tvm.runtime.library import Library, open_library, set_thread_defaults
 from kivi_tvm.runtime.options import CacheOptions
+from kivi_tvm.runtime.tuned import find_records
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -166,7 +168,8 @@ def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") 
     """Compiled kernels for `cfg`, from the per-user cache or compiled now.
 
     Where the cache directory cannot be written or no C++ compiler exists, the kernels are compiled
-    in process and a line on stderr says so.
+    in process and a line on stderr says so. Schedules come from tuning records of exactly this
+    target where there are any; `Module.manifest` says which.
 
     Parameters
     ----------
@@ -187,19 +190,21 @@ def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") 
     from kivi_tvm import targets
 
     resolved = targets.resolve(target)
+    found = find_records(cfg, targets.identity(resolved))
     if find_cxx() is None:
-        return _in_process(cfg, resolved, "no C++ compiler was found (set CXX or install g++)")
-    key = cfg.kernel_key()
-    name = cache_name(key, targets.as_dict(resolved), targets.required_cpu_flags(resolved))
+        reason = "no C++ compiler was found (set CXX or install g++)"
+        return _in_process(cfg, resolved, found, reason)
+    flags = targets.required_cpu_flags(resolved)
+    name = cache_name(cfg.kernel_key(), targets.as_dict(resolved), flags, found.digest)
 
     def make(path: Path) -> None:
-        kernels = _compile(cfg, resolved)
+        kernels = _compile(cfg, resolved, found)
         write_artifact(path, kernels.manifest(), kernels.export)
 
     try:
         entry = cached(name, make)
     except CacheUnavailable as error:
-        return _in_process(cfg, resolved, str(error))
+        return _in_process(cfg, resolved, found, str(error))
     source = "cache" if entry.hit else "compiled"
     return Module(cfg, open_library(entry.path), entry.manifest, source)
 
@@ -225,18 +230,18 @@ def _copy(origin: Path, to: Path) -> None:
     shutil.copyfile(origin, to)
 
 
-def _compile(cfg: KiviConfig, target: Target) -> CompiledKernels:
+def _compile(cfg: KiviConfig, target: Target, found: Found) -> CompiledKernels:
     announce(f"compiling kernels {cfg.kernel_key().slug} (once; a few seconds)")
     from kivi_tvm.compile import compile_kernels
 
     start = time.perf_counter()
-    kernels = compile_kernels(cfg.kernel_key(), target)
+    kernels = compile_kernels(cfg.kernel_key(), target, found)
     announce(f"compiled {len(kernels.sources)} kernels in {time.perf_counter() - start:.1f} s")
     return kernels
 
 
-def _in_process(cfg: KiviConfig, target: Target, reason: str) -> Module:
+def _in_process(cfg: KiviConfig, target: Target, found: Found, reason: str) -> Module:
     announce(f"{reason}; kernels are compiled in process, for this process alone")
-    kernels = _compile(cfg, target)
+    kernels = _compile(cfg, target, found)
     library = Library(kernels.executable, "in-process")
     return Module(cfg, library, kernels.manifest(), "in-process", kernels)

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from artifacts import CFG, export_elf, manifest
+from records import KEY, SLUG, TARGET, record
 
 from kivi_tvm.artifact import write_artifact
 from kivi_tvm.artifact_cache import cached
+from kivi_tvm.database import publish
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,22 @@ def test_builds_are_listed_and_cleared():
     assert after["cleared"]["removed"] == 1 and after["cleared"]["busy"] == 0
     assert after["cache"] == {"builds": [], "size_bytes": 0}
     assert not path.exists()
+
+
+def test_tuning_directories_are_listed(tmp_path):
+    user = tmp_path / "user"
+    publish(user, TARGET, KEY, {"attend": record(), "combine": record("combine")})
+    facts = info(KIVI_TVM_TUNING_DIR=str(user))
+    assert facts["paths"]["tuning"] == str(user)
+    assert facts["tuned"][0] == {
+        "target": SLUG,
+        "origin": "user",
+        "kernels": 1,
+        "records": 2,
+        "path": str(user / SLUG),
+    }
+    line = f"{SLUG}: 2 records of 1 kernels ({user / SLUG})"
+    assert line in kivi_tvm("info", KIVI_TVM_TUNING_DIR=str(user)).stdout
 
 
 def test_clearing_says_what_was_freed():

@@ -1,0 +1,166 @@
+"""Tuning records in builds: used for exactly their target, announced when stale or missing."""
+
+from dataclasses import replace
+
+import pytest
+from artifacts import CFG
+from records import record
+
+from kivi_tvm import build, database, targets
+from kivi_tvm import compile as compiling
+from kivi_tvm.cache_key import cache_name
+from kivi_tvm.compile import StaleRecord, compile_kernels, recorded_schedule, schedule_hash
+from kivi_tvm.database import Found, publish
+from kivi_tvm.ops import FUNCTIONS
+from kivi_tvm.runtime import tuned
+
+KEY = CFG.kernel_key()
+OTHER_KEY = CFG.kernel_key("other")
+# Scheduling all functions takes seconds.
+SOME = {name: FUNCTIONS[name] for name in ("advance", "combine")}
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """Empty directories of the user's and of the package's records."""
+    monkeypatch.setenv("KIVI_TVM_TUNING_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(database, "package_dir", lambda: tmp_path / "package")
+    monkeypatch.setattr("kivi_tvm.notices._said", set())
+    return tmp_path / "user"
+
+
+@pytest.fixture(scope="module")
+def native():
+    return targets.resolve("native")
+
+
+@pytest.fixture(scope="module")
+def good(native):
+    """A record of `combine` that takes another option than the default where there is one."""
+    default = compiling.scheduled_function("combine", KEY, native)
+    name, choice = next(iter(default.choices.items()))
+    other = next(option for option in choice.options if option != choice.default)
+    decided = compiling.scheduled_function("combine", KEY, native, {name: other})
+    digest = schedule_hash("combine", decided)
+    return record("combine", decisions={name: other}, schedule_hash=digest)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What would have been compiled; the code generator does not run."""
+    given = []
+    monkeypatch.setattr(compiling, "FUNCTIONS", SOME)
+    monkeypatch.setattr(compiling.tvm, "compile", lambda module, target: given.append(module))
+    return given
+
+
+def found(*records, origin="user"):
+    return Found({r.function: r for r in records}, {r.function: origin for r in records})
+
+
+def changed(base, **changes):
+    return record(**{**base.to_dict(), **changes})
+
+
+def test_a_record_is_made_again(good, native):
+    schedule = recorded_schedule(good, KEY, native)
+    assert schedule_hash("combine", schedule) == good.schedule_hash
+
+
+def stale_records(good):
+    (name,) = good.decisions
+    return {
+        "there is no function of this name": changed(good, function="combined"),
+        "got ('gone',)": changed(good, decisions={**good.decisions, "gone": 1}),
+        "must be one of": changed(good, decisions={name: 12345}),
+        "when measured": changed(good, schedule_hash="0" * 16),
+    }
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_stale_records(good, native, case):
+    why, stale = list(stale_records(good).items())[case]
+    with pytest.raises(StaleRecord) as error:
+        recorded_schedule(stale, KEY, native)
+    assert why in str(error.value)
+
+
+def test_compiled_kernels_say_where_their_schedules_come_from(good, native, uncompiled):
+    said = []
+    made = compile_kernels(KEY, native, found(good, origin="package"), said.append)
+    assert not said
+    assert made.sources == {n: "tuned" if n == "combine" else "default" for n in SOME}
+    assert made.manifest().to_dict()["tuning"] == {
+        "combine": {
+            "device": "a processor",
+            "date": "2026-01-02T03:04:05+00:00",
+            "default_us": 100.0,
+            "tuned_us": 80.0,
+            "origin": "package",
+        }
+    }
+    (module,) = uncompiled
+    assert compiling.tvm_ffi.structural_equal(
+        module["combine"], recorded_schedule(good, KEY, native).mod["combine"]
+    )
+
+
+def test_a_stale_record_is_announced_once_and_not_used(good, native, uncompiled, capsys):
+    stale = changed(good, schedule_hash="0" * 16)
+    for _ in range(2):
+        made = compile_kernels(KEY, native, found(stale))
+        assert set(made.sources.values()) == {"default"} and not made.tuning
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "combine" in line and KEY.slug in line and "stale" in line and "0" * 16 in line
+
+
+def test_build_uses_records_of_exactly_its_target(good, native, root, capfd, tmp_path, monkeypatch):
+    """One function's record rebuilds its key; another target's record changes nothing."""
+    monkeypatch.setenv("KIVI_TVM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "FUNCTIONS", SOME)
+    identity = targets.identity(native)
+    publish(root, {**identity, "mcpu": "generic"}, KEY, {"combine": good})
+    first = build(CFG)
+    assert first.manifest["sources"] == dict.fromkeys(SOME, "default")
+    assert "no tuning record" not in capfd.readouterr().err
+    publish(root, identity, KEY, {"combine": good})
+    second = build(CFG)
+    assert second.source == "compiled" and build(CFG).source == "cache"
+    assert second.manifest["sources"] == {"advance": "default", "combine": "tuned"}
+    assert second.manifest["tuning"]["combine"]["origin"] == "user"
+    second.save(tmp_path / "saved.so")
+    publish(root, identity, OTHER_KEY, {"combine": good})
+    assert build(CFG).source == "cache"
+
+
+def test_a_kernel_that_is_not_tuned_is_announced_once(good, native, root, capsys):
+    identity = targets.identity(native)
+    assert not tuned.find_records(CFG, identity).records
+    assert capsys.readouterr().err == ""
+    publish(root, identity, OTHER_KEY, {"combine": good})
+    for _ in range(2):
+        assert not tuned.find_records(CFG, identity).records
+    (line,) = capsys.readouterr().err.splitlines()
+    assert targets.slug(native) in line and KEY.slug in line
+    assert line.endswith(
+        "kivi-tvm tune --target native --head-dim 64 --num-heads 8 --num-kv-heads 2 --bits 2 2 "
+        "--group-size 32 --dtype float16"
+    )
+
+
+@pytest.mark.parametrize("change", [{"page_size": 64}, {"key_group_size": 64}], ids=str)
+def test_no_command_is_given_for_what_it_cannot_express(change):
+    assert tuned.tune_command(replace(CFG, **change)) is None
+
+
+def test_the_cache_name_follows_the_records(good):
+    target = {"kind": "llvm"}
+    digests = [
+        "",
+        found(good).digest,
+        found(good, origin="package").digest,
+        found(changed(good, tuned_us=1.0)).digest,
+        found(good, changed(good, function="attend")).digest,
+    ]
+    assert len({cache_name(KEY, target, (), digest) for digest in digests}) == len(digests)
+    assert cache_name(KEY, target) == cache_name(KEY, target, (), Found().digest)

@@ -1,0 +1,107 @@
+"""What names a target: exact records, readable directories, and errors with the nearest names."""
+
+import pytest
+from tvm.target import Target
+
+from kivi_tvm import target_names, targets
+from kivi_tvm.compile import schedule_hash, scheduled_function
+from kivi_tvm.errors import UserError
+
+ZNVER4 = {"kind": "llvm", "mtriple": "x86_64-conda-linux-gnu", "mcpu": "znver4"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "slug"),
+    [
+        (ZNVER4, "llvm-x86_64-znver4"),
+        ({**ZNVER4, "mcpu": "x86-64-v3"}, "llvm-x86_64-x86-64-v3"),
+        ({**ZNVER4, "mattr": ["-avx512fp16"]}, "llvm-x86_64-znver4-ea8bf515"),
+        ({"kind": "llvm", "mtriple": "riscv64-unknown-linux-gnu"}, "llvm-riscv64-generic"),
+        (
+            {"kind": "llvm", "mtriple": "arm64-apple-darwin22.1.0", "mcpu": "apple-m1"},
+            "llvm-aarch64-darwin-apple-m1",
+        ),
+        ({"kind": "cuda", "arch": "sm_90a"}, "cuda-sm_90a"),
+        ("nvidia/nvidia-h100", "cuda-sm_90a"),
+        ("raspberry-pi/4b-aarch64", "llvm-aarch64-cortex-a72-6af5b46a"),
+    ],
+    ids=str,
+)
+def test_slugs(fields, slug):
+    assert targets.slug(Target(fields)) == slug
+
+
+@pytest.mark.parametrize(
+    "triple", ["x86_64-pc-linux-gnu", "x86_64-linux-gnu", "x86_64-unknown-linux-musl"]
+)
+def test_vendor_and_environment_do_not_matter(triple):
+    other = targets.identity(Target({**ZNVER4, "mtriple": triple, "tag": "", "num-cores": 4}))
+    assert other == targets.identity(Target(ZNVER4))
+
+
+def test_what_changes_code_matters():
+    changes = [
+        {},
+        {"mcpu": "znver5"},
+        {"mattr": ["+a"]},
+        {"mattr": ["-a"]},
+        {"mtriple": "x86_64-pc-windows-msvc"},
+        {"mtriple": "i386-pc-linux-gnu"},
+        {"opt-level": 2},
+    ]
+    found = [target_names.identity({**ZNVER4, **change}) for change in changes]
+    assert len({target_names.slug(each) for each in found}) == len(changes)
+    order = [target_names.identity({**ZNVER4, "mattr": m}) for m in (["+a", "-b"], ["-b", "+a"])]
+    assert order[0] == order[1]
+
+
+def test_native_is_named_like_its_fields():
+    native = targets.resolve("native")
+    fields = {name: targets.as_dict(native)[name] for name in ("kind", "mcpu")}
+    fields["mattr"] = targets.as_dict(native).get("mattr", [])
+    assert targets.identity(targets.resolve(fields)) == targets.identity(native)
+
+
+def test_a_target_from_its_identity_gives_the_same_schedule():
+    from artifacts import CFG
+
+    native = targets.resolve("native")
+    again = targets.from_identity(targets.identity(native))
+    assert targets.identity(again) == targets.identity(native)
+    hashes = {
+        schedule_hash("combine", scheduled_function("combine", CFG.kernel_key(), target))
+        for target in (native, again)
+    }
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kind": "toaster"}, {"kind": "llvm", "machine": "vax", "system": "linux"}, {}]
+)
+def test_an_identity_that_is_no_target(fields):
+    with pytest.raises(ValueError, match="`target` must be"):
+        targets.from_identity(fields)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("nvidia/h100", ["'nvidia/h100'", "nearest: nvidia/nvidia-h100"]),
+        ("lvm", ["'lvm'", "nearest: llvm"]),
+        ("natve", ["nearest: native"]),
+        ({"kind": "cuca"}, ["nearest: cuda"]),
+        ("{broken", ["'{broken'"]),
+        (5, ["got 5"]),
+        (None, ["got None"]),
+        ({"kind": "llvm", "mcpu": "znver44"}, ["`mcpu`", "'znver44'", "nearest: znver4"]),
+        ("vulkan", ["TVM can generate code for here", "'vulkan'"]),
+        ("cuda", ["'llvm' or 'native'", "'cuda'", "no schedules yet"]),
+    ],
+    ids=str,
+)
+def test_targets_that_are_refused(target, words):
+    with pytest.raises(UserError) as error:
+        targets.resolve(target)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
