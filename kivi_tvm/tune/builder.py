@@ -165,8 +165,9 @@ class Builder:
             if self._closed:
                 raise WorkerFailed("crash", "the builder was closed")
             worker = Worker(command, environment)
+            # first the guard: from `add` on the process may be stopped
+            self._guard.add(worker.process.pid)
             add(worker.process.pid)
-        self._guard.add(worker.process.pid)
         try:
             worker.receive(self._pause.deadline(START_TIMEOUT_S))
         except WorkerFailed:

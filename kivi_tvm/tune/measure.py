@@ -71,13 +71,15 @@ GUARD_BYTES = 4096  # around every tensor of a check; keeps its alignment
 # Copies must not survive a full turn: four times L3 also defeats a cache that is not strictly LRU.
 COLD_FACTOR = 4
 COPIES_BYTES = 3 << 29
+MAX_COPIES = 1024
+WARM_CALLS = 50
 FALLBACK_CACHE_BYTES = 32 << 20
 FILL_BLOCK = 1 << 20
 SAMPLES = 9
 SAMPLED_US = 60e3  # of timed calls per candidate and call, at least
 MAX_CALLS = 4000
 READ_BYTES = 512 << 20
-TAIL_CHARS = 400  # of a worker's stderr, in a failure's message
+END_CHARS = 300  # of both ends of a worker's stderr, in a failure's message
 
 Kernel = Callable[..., Any]
 Json = dict[str, Any]
@@ -227,6 +229,17 @@ def check_call(kernel: Kernel, call: Json, device: str) -> tuple[float, float]:
     )
     if device == "cuda":
         torch.cuda.synchronize()
+    return judge(call, held)
+
+
+def judge(call: Json, held: list[Guarded | None]) -> tuple[float, float]:
+    """Compare what a call left in its arguments (None: a number) with what it should have left.
+
+    Raises
+    ------
+    Wrong
+        Something differs.
+    """
     errors = [_check_close(rule, held) for rule in call["close"]]
     for number, each in enumerate(held):
         if each is None:
@@ -255,7 +268,7 @@ def cache_bytes(device: str, root: Path = Path("/sys/devices/system/cpu/cpu0/cac
 def copies_of(nbytes: int, cache: int) -> int:
     """How many copies of a call's cold memory exceed the cache, within `COPIES_BYTES`."""
     wanted = math.ceil(COLD_FACTOR * cache / max(1, nbytes))
-    return max(1, min(max(2, wanted), COPIES_BYTES // max(1, nbytes)))
+    return max(1, min(max(2, wanted), MAX_COPIES, COPIES_BYTES // max(1, nbytes)))
 
 
 class TimedCall:
@@ -314,8 +327,8 @@ def _cuda_times(kernel: Kernel, rows: Sequence[tuple[Any, ...]]) -> list[float]:
 
 
 def time_call(call: TimedCall, kernel: Kernel) -> list[float]:
-    """`SAMPLES` medians over at least `SAMPLED_US` in all, after every copy was used once."""
-    first = call.run(kernel, min(len(call.rows), 50) + 1)
+    """`SAMPLES` medians over at least `SAMPLED_US` in all, after a few calls to warm up."""
+    first = call.run(kernel, min(len(call.rows), WARM_CALLS) + 1)
     one = max(0.1, statistics.median_low(first))
     each = math.ceil(min(MAX_CALLS, max(SAMPLES, SAMPLED_US / one)) / SAMPLES)
     return [statistics.median(call.run(kernel, each)) for _ in range(SAMPLES)]
@@ -336,7 +349,9 @@ def compare_kernels(
     samples: list[list[float]] = [[] for _ in kernels]
     burst = []
     for call in calls:
-        one = max(0.1, statistics.median_low(call.run(kernels[0], len(call.rows) + 3)))
+        one = max(
+            0.1, statistics.median_low(call.run(kernels[0], min(len(call.rows), WARM_CALLS) + 1))
+        )
         burst.append(max(3, min(50, math.ceil(4e3 / one))))
     for number in range(rounds):
         for i in range(len(kernels))[:: -1 if number % 2 else 1]:
@@ -569,18 +584,19 @@ class Worker:
         self.close(patience_s=1.0 if kind == "crash" else 0.0)
         status = self.process.returncode
         how = "no answer in time" if kind == "timeout" else _ending(status)
-        tail = self.stderr_tail()
+        tail = self.stderr_ends()
         return WorkerFailed(kind, f"{how}: {tail}" if tail else how, at)
 
-    def stderr_tail(self) -> str:
-        """The end of what the process wrote to stderr since the last request."""
-        self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - TAIL_CHARS))
-        return self._stderr.read().replace(b"\0", b"").decode(errors="replace").strip()
+    def stderr_ends(self) -> str:
+        """How what the process wrote to stderr since the last request begins and ends.
 
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
+        A crash's own backtrace comes last, what led to it first.
+        """
+        self._stderr.seek(0)
+        text = self._stderr.read().replace(b"\0", b"").decode(errors="replace").strip()
+        if len(text) <= 2 * END_CHARS:
+            return text
+        return f"{text[:END_CHARS]} ... {text[-END_CHARS:]}"
 
     def close(self, patience_s: float = 0.0) -> None:
         """End the process and all it started."""

@@ -12,7 +12,7 @@ import pytest
 from tune.tasks import TINY
 
 from kivi_tvm import compile, targets
-from kivi_tvm.tune.builder import Builder
+from kivi_tvm.tune.builder import Builder, Pause
 from kivi_tvm.tune.candidate import Candidate, Task
 from kivi_tvm.tune.parsed import keep_parsed
 
@@ -85,30 +85,39 @@ def test_a_compile_process_that_dies_is_replaced(builder, target):
 
 
 def test_paused_stops_everything_and_always_goes_on(builder, target):
-    """The candidate takes longer than the pause is short; its compiler belongs to the group."""
     future = builder.submit(candidate("extend_window", target))
     assert wait_for(lambda: builder.groups)
     (group,) = builder.groups
-    with pytest.raises(KeyError), builder.paused(), builder.paused():
-        assert wait_for(lambda: set(states(group)) == {"T"})
-        before = future.done()
-        time.sleep(0.3)
-        assert set(states(group)) == {"T"} and future.done() == before
-        raise KeyError
+
+    def fail_while_paused():
+        with builder.paused(), builder.paused():
+            assert wait_for(lambda: set(states(group)) == {"T"})
+            before = future.done()
+            time.sleep(0.3)
+            assert set(states(group)) == {"T"} and future.done() == before
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_while_paused()
     assert wait_for(lambda: "T" not in states(group))
     assert future.result(60).failure is None
 
 
-def test_timeout_leaves_pauses_out(tmp_path, target):
+def test_a_build_that_takes_too_long(tmp_path, target):
     with Builder(target, tmp_path, processes=1, timeout_s=0.02) as builder:
         failure = builder.submit(candidate("append", target)).result(60).failure
         assert failure.kind == "build timeout"
-        builder._timeout_s = 5
-        future = builder.submit(candidate("append", target))
-        assert wait_for(lambda: builder.groups)
-        with builder.paused():
-            time.sleep(5.5)
-        assert future.result(60).failure is None
+
+
+def test_deadlines_leave_pauses_out():
+    pause = Pause()
+    left = pause.deadline(1)
+    with pause.held():
+        before = left()
+        time.sleep(0.2)
+        assert left() == pytest.approx(before, abs=0.05)
+    time.sleep(0.2)
+    assert left() < before - 0.15
 
 
 def test_closing_cancels_what_is_left(tmp_path, target):

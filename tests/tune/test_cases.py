@@ -1,6 +1,7 @@
 """Every function's case accepts the default kernel and rejects wrong ones."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,9 +120,7 @@ def test_timed_calls_run_on_the_workload(function):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="`function` must be one of .*, got 'absent'"):
+    with pytest.raises(ValueError, match="got 'absent'"):
         make_case(Task("absent", TINY))
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="`tokens` must exceed residual_length=128 for attend"):
         make_case(Task("attend", replace(TINY, tokens=100)))
