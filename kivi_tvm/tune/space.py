@@ -6,22 +6,24 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from statistics import fmean
+from typing import Any
 
 import tvm
+from tvm.s_tir import renew_defs
 from tvm.target import Target
 
 from kivi_tvm import targets
 from kivi_tvm.compile import schedule_hash
 from kivi_tvm.config import KernelKey
 from kivi_tvm.ops import FUNCTIONS, OPS
-from kivi_tvm.schedules import rule
-from kivi_tvm.schedules.choices import Choice, GuidedSchedule, Option
+from kivi_tvm.schedules import offers, rule
+from kivi_tvm.schedules.choices import Choice, GuidedSchedule, Option, decide
 
 Decisions = Mapping[str, Option]
-# Rounds in which decisions may make further choices appear or vanish; schedules branch once or
-# twice.
+# Rounds in which draws may make further choices appear; schedules branch once or twice.
 MAX_ROUNDS = 20
 # Runs of a schedule function (20 to 60 ms each) that an exact count may cost.
 COUNTED_POINTS = 64
@@ -68,27 +70,50 @@ Explore = Callable[[Decisions], Point]
 
 
 def explorer(name: str, key: KernelKey, target: Target) -> Explore:
-    """What runs the schedule of the function `name` of `FUNCTIONS` with given decisions.
+    """What makes and schedules the function `name` of `FUNCTIONS` with given decisions.
 
-    The operator is parsed once (0.1 to 0.2 s); a run costs 20 to 60 ms. Unlike
-    `compile.scheduled_function` it tells what a failing schedule had offered.
+    An operator is parsed once for each way of making it (0.1 to 0.2 s); a run costs 20 to 60 ms.
+    Unlike `compile.scheduled_function` it tells what a failing schedule had offered, and takes
+    decisions that are not offered as the default.
     """
     op, extends = FUNCTIONS[name]
-    function = OPS[op](replace(key, rows_per_query=key.extend_rows) if extends else key)
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    op_key = replace(key, rows_per_query=key.extend_rows) if extends else key
     facts = targets.hardware(target)
-    apply = rule(op, facts)
+    offered, apply = offers(op, facts, op_key), rule(op, facts)
 
-    def explore(decisions: Decisions) -> Point:
-        schedule = GuidedSchedule(module, decisions)
-        schedule.work_on(name)
+    @cache
+    def parsed(made: tuple[tuple[str, Option], ...]) -> Any:
+        return OPS[op](op_key, **dict(made)).with_attr("global_symbol", name)
+
+    def run(decisions: Decisions) -> Point:
+        choices = {}
         try:
+            for parameter, (options, default) in offered.items():
+                choices[parameter] = decide(parameter, options, default, decisions)
+            made = tuple((parameter, choice.taken) for parameter, choice in choices.items())
+            # A schedule changes blocks in place that it should copy: each gets a function anew.
+            module = tvm.IRModule({name: renew_defs(parsed(made))})
+            schedule = GuidedSchedule(module, decisions, choices)
+            choices = schedule.choices
+            schedule.work_on(name)
             apply(schedule, facts)
         except Exception as error:  # TVM raises several types, InternalError among them
-            return Point(dict(decisions), schedule.choices, "", _reason(error))
-        return Point(dict(decisions), schedule.choices, schedule_hash(name, schedule))
+            return Point(dict(decisions), choices, "", _reason(error))
+        return Point(dict(decisions), choices, schedule_hash(name, schedule))
 
-    return explore
+    return lambda decisions: _with_known_options(run, decisions)
+
+
+def _with_known_options(run: Explore, decisions: Decisions) -> Point:
+    """Run without the decisions that are not among the options: what `decide` says of them."""
+    asked = dict(decisions)
+    while True:
+        point = run(asked)
+        said = point.failure or ""
+        foreign = [x for x in asked if f"`decision` of {x} must be one of" in said]
+        if not foreign:
+            return point
+        del asked[foreign[0]]
 
 
 def _reason(error: Exception) -> str:
@@ -104,7 +129,8 @@ class Space:
     Parameters
     ----------
     explore : callable
-        Runs the function with given decisions, as `explorer` returns it.
+        Runs the function with given decisions, as `explorer` returns it: decisions that are not
+        offered count as the default, and a failure is in the point.
     """
 
     def __init__(self, explore: Explore) -> None:
@@ -123,23 +149,14 @@ class Space:
         Under some decisions a choice does not exist, or has other options: decisions of another
         kernel, or of a neighbour, are kept as far as they mean something.
         """
-        asked = dict(decisions)
-        for _ in range(MAX_ROUNDS):
-            known = self._points.get(frozenset(asked.items()))
-            found = known or self._explore(asked)
-            foreign = [
-                name
-                for name, choice in found.choices.items()
-                if name in asked and choice.taken not in choice.options
-            ]
-            if not foreign:
-                break
-            for name in foreign:
-                del asked[name]
-        point = known or replace(found, decisions=_other_than_default(found))
-        for way in (decisions, asked, point.decisions):
+        known = self._points.get(frozenset(decisions.items()))
+        if known is not None:
+            return known
+        found = self._explore(decisions)
+        point = replace(found, decisions=_other_than_default(found))
+        for way in (decisions, point.decisions):
             self._points.setdefault(frozenset(way.items()), point)
-        return point
+        return self._points[frozenset(point.decisions.items())]
 
     def is_known(self, decisions: Decisions) -> bool:
         """Tell whether the function was run with exactly these decisions."""

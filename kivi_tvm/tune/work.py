@@ -29,7 +29,7 @@ class Work:
     def __init__(self, progress: Progress, search: Search, journal: Journal) -> None:
         self.progress, self._search, self._journal = progress, search, journal
         self._best: dict[str, Trial] = {}
-        self._last_failure: Failure | None = None
+        self._default_failure: Failure | None = None
         self.outcome: Outcome | None = None
         self._reported = 0
         self._proposed = 0
@@ -51,9 +51,10 @@ class Work:
     @property
     def need(self) -> Need:
         """What it could use of the trials that are left."""
-        room = self.progress.size.points - self._proposed
+        size = self.progress.size
+        room = max(0 if size.exact else 1, size.points - self._proposed)
         least = int(self._proposed == 0)  # the default is measured in any case
-        return Need(self.progress.task.function, max(1, room), least)
+        return Need(self.progress.task.function, room, least)
 
     def plan(self, share: int) -> None:
         """Note how many more trials this task will have."""
@@ -91,11 +92,14 @@ class Work:
         task = self.progress.task
         return [Candidate(task, t.decisions, t.schedule_hash, t.origin) for t in default + others]
 
-    @property
-    def why_failed(self) -> str:
-        """Why there is no result, from the last failure."""
-        failure = self._last_failure
-        return f"{failure.kind}: {failure.message}" if failure else "not reached"
+    def why_failed(self, compared: Sequence[Measured] = ()) -> str:
+        """Why there is no result: without its default a task has nothing to compare with."""
+        failed = [each.failure for each in compared if not each.candidate.decisions]
+        failure = next(filter(None, failed), self._default_failure)
+        if failure is None:
+            return "not reached"
+        others = f"; {len(self._best)} others work" if self._best else ""
+        return f"the default failed: {failure.kind}: {failure.message}{others}"
 
     def finish(self, **fields: object) -> Outcome:
         """The outcome with `fields`: those of a result, or `error`."""
@@ -116,7 +120,8 @@ class Work:
         progress = self.progress
         if trial.failure is not None:
             progress.failures[trial.failure.kind] += 1
-            self._last_failure = trial.failure
+            if not trial.decisions:
+                self._default_failure = trial.failure
         if not trial.schedule_hash:
             return
         if math.isfinite(trial.us):

@@ -84,14 +84,20 @@ def test_a_failing_default_is_remembered():
     assert found.size() == Size(0, exact=True)
 
 
-@pytest.mark.parametrize("name", ["advance", "combine"])
+def test_what_is_not_offered_falls_back_to_the_default():
+    key = MODELS["smollm2-135m"].cfg.kernel_key()
+    found = Space(explorer("attend_window", key, targets.resolve("native")))
+    point = found.point({"chunk_tokens": 7, "absent": 1})
+    assert point.failure is None and point.schedule_hash == found.default.schedule_hash
+
+
+@pytest.mark.parametrize("name", ["advance", "append", "attend_window"])
 def test_explorer_is_what_compile_does(name):
     key = MODELS["smollm2-135m"].cfg.kernel_key()
     target = targets.resolve("native")
     found = Space(explorer(name, key, target))
-    expected = schedule_hash(name, scheduled_function(name, key, target))
-    assert found.default.schedule_hash == expected
-    for point in [found.sample(random.Random(seed)) for seed in range(2)]:
+    assert found.default.decisions == {}
+    for point in [found.default] + [found.sample(random.Random(seed)) for seed in range(3)]:
         schedule = scheduled_function(name, key, target, point.decisions)
         assert point.failure is None
         assert schedule_hash(name, schedule) == point.schedule_hash
