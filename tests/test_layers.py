@@ -12,7 +12,7 @@ import kivi_tvm
 PACKAGE = Path(kivi_tvm.__file__).parent
 # The modules of one line may import each other and those of the lines above.
 LAYERS = [
-    {"config", "cpu", "errors", "host", "layout", "notices", "target_names"},
+    {"config", "cpu", "errors", "host", "layout", "notices", "pictures", "target_names"},
     {"reference", "workloads", "geometry", "targets", "ops"},
     {"schedules"},
     {"database", "database_files", "tuning_record"},

@@ -17,6 +17,7 @@ from kivi_tvm.host import installed_version
 
 COMMANDS = {
     "demo": "generate text with a real model and a 2-bit cache on this machine",
+    "tune": "search for faster schedules on a device, and keep what is found",
     "bench": "measure kernels, call overhead and generation against other implementations",
     "eval": "compare predictions of cache settings with those at full precision",
     "info": "show paths, versions, compiler, devices, and what is cached and tuned",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kivi_tvm.errors import UserError
+from kivi_tvm.pictures import save
 from kivi_tvm.tune.outcome import Outcome
 from kivi_tvm.tune.plan import MAIN_FUNCTION
 
@@ -34,10 +34,7 @@ def plot(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     ):
         _draw(axes, name, group)
     figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"`--plot` must be writable, got {str(path)!r} ({error})") from error
+    save(figure, path)
 
 
 def _draw(axes: Any, name: str, group: Sequence[Outcome]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from tvm.target import Target
 
 from kivi_tvm import database, targets
-from kivi_tvm.compile import schedule_hash, scheduled_function
+from kivi_tvm.cache_key import sources_digest
+from kivi_tvm.compile import recorded_schedule
 from kivi_tvm.manifest import current_versions
 from kivi_tvm.schedules.choices import Option
 from kivi_tvm.tune.candidate import Task
@@ -72,9 +75,41 @@ def seeds(root: Path, target: Target, task: Task) -> Iterator[Mapping[str, Optio
 def problem(found: database.KernelRecords, record: database.Record) -> str | None:
     """Why a record cannot be used any more; None while its schedule gives the recorded hash."""
     try:
-        target = targets.from_identity(found.target)
-        schedule = scheduled_function(record.function, found.key, target, record.decisions)
-    except Exception as error:  # TVM raises several types, InternalError among them
-        return f"its schedule fails ({type(error).__name__})"
-    now = schedule_hash(record.function, schedule)
-    return None if now == record.schedule_hash else "its schedule is another one now"
+        recorded_schedule(record, found.key, targets.from_identity(found.target))
+    except ValueError as error:  # StaleRecord, or a target that this TVM does not know
+        return str(error)
+    return None
+
+
+def facts(target: Target, runner: Runner) -> dict[str, Any]:
+    """What a journal's trials depend on beside their task."""
+    return {
+        "target": targets.identity(target),
+        "runner": runner.method,
+        "device": runner.device.name,
+        "threads": runner.device.threads,
+        "versions": current_versions(),
+        "sources": sources_digest(),
+    }
+
+
+def remove_scratch(root: Path) -> int:
+    """Remove built candidates and journals that were set aside; returns the bytes freed.
+
+    A target that some process is tuning for is left alone. Journals stay: they hold results.
+    """
+    freed = 0
+    for folder in (root / ".scratch").glob("*/"):
+        locks = [FileLock(path) for path in folder.glob("*.lock")]
+        try:
+            for lock in locks:
+                lock.acquire(timeout=0)
+            for path in (*folder.glob("built-*/*"), *folder.glob("*.aside-*")):
+                freed += path.stat().st_size
+                path.unlink()
+        except Timeout:
+            continue
+        finally:
+            for lock in locks:
+                lock.release()
+    return freed

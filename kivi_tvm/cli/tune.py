@@ -1,0 +1,268 @@
+"""`kivi-tvm tune`: search for faster schedules on a device, and keep what is found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kivi_tvm.cli import COMMANDS, INTERRUPTED_STATUS
+from kivi_tvm.cli.geometry import add_geometry_options, workloads
+from kivi_tvm.errors import UserError
+from kivi_tvm.host import find_cxx
+
+if TYPE_CHECKING:
+    from tvm.target import Target
+
+    from kivi_tvm.tune.builder import Builder
+    from kivi_tvm.tune.candidate import Task
+    from kivi_tvm.tune.outcome import Options, Result
+    from kivi_tvm.tune.runner import Runner
+    from kivi_tvm.workloads import Workload
+
+DEFAULT_TRIALS = 256
+NOTHING_WORKS = 1
+RUNNERS = ("local", "rpc")
+SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `tune` to the command line."""
+    parser = subparsers.add_parser("tune", help=COMMANDS["tune"], description=COMMANDS["tune"])
+    parser.add_argument("--target", default="native", help="default: native, this machine's CPU")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="functions (default: all)")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=DEFAULT_TRIALS,
+        help="of all functions together, at least half on attend; every function's default is one, "
+        "and those of earlier runs count (default: %(default)s)",
+    )
+    parser.add_argument("--time-budget", metavar="TIME", help="such as 90s, 10m or 1h")
+    parser.add_argument("--cost-model", help="xgb or random (default: xgb if installed)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--threads", type=int, help="of the kernels (default: every processor)")
+    parser.add_argument("--log-dir", type=Path, help="of the records (default: the user's)")
+    parser.add_argument("--plot", type=Path, help="write tuning curves to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_runner_options(parser)
+    add_geometry_options(parser)
+    actions = parser.add_argument_group("instead of tuning").add_mutually_exclusive_group()
+    actions.add_argument("--list", action="store_true", help="show all records")
+    actions.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove records whose schedule is another one now, damaged files, built candidates",
+    )
+
+
+def _add_runner_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where candidates run")
+    group.add_argument("--runner", choices=RUNNERS, default="local", help="default: local")
+    group.add_argument("--tracker", metavar="HOST:PORT", help="of the RPC tracker")
+    group.add_argument("--tracker-key", metavar="KEY", help="what its servers are registered as")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune, list or prune; 130 after Ctrl-C, 1 if no function has a result."""
+    from kivi_tvm import database
+
+    root = (args.log_dir or database.user_dir()).expanduser().absolute()
+    if args.list or args.prune:
+        from kivi_tvm.cli import tune_records
+
+        action = tune_records.show if args.list else tune_records.prune
+        return action(root, args.json)
+    budget = _check(args, root)
+    found = workloads(args)
+    return _tune(args, root, found, budget)
+
+
+def _check(args: argparse.Namespace, root: Path) -> float | None:
+    """Refuse what can be refused before anything heavy is imported; the time budget."""
+    found = []
+    for name in ("trials", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            found.append(f"`--{name}` must be at least 1, got {value}")
+    if args.seed < 0:
+        found.append(f"`--seed` must not be negative, got {args.seed}")
+    budget = _seconds(args.time_budget, found)
+    remote = args.tracker is not None or args.tracker_key is not None
+    if args.runner == "rpc" and (args.tracker is None or args.tracker_key is None):
+        found.append("`--runner rpc` needs --tracker HOST:PORT and --tracker-key KEY")
+    elif args.runner != "rpc" and remote:
+        found.append("--tracker and --tracker-key are for `--runner rpc`")
+    elif args.tracker is not None and not re.fullmatch(r".+:\d{1,5}", args.tracker):
+        found.append(f"`--tracker` must be HOST:PORT, got {args.tracker!r}")
+    if found:
+        raise UserError("; ".join(found))
+    if args.plot:
+        from kivi_tvm.pictures import check_plot
+
+        check_plot(args.plot, "tune")
+    _check_writable(root)
+    return budget
+
+
+def _seconds(text: str | None, found: list[str]) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|)", text.strip())
+    seconds = float(match[1]) * SECONDS[match[2]] if match else 0.0
+    if seconds <= 0:
+        found.append(f"`--time-budget` must be a time such as 90s, 10m or 1h, got {text!r}")
+    return seconds
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"`--log-dir` must be a directory that can be written, got {root} ({error.strerror})"
+        ) from error
+
+
+def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: float | None) -> int:
+    from kivi_tvm import targets
+    from kivi_tvm.tune.cost import check_cost_model, default_cost_model
+    from kivi_tvm.tune.outcome import Options
+    from kivi_tvm.tune.progress import Display
+
+    model = args.cost_model or default_cost_model()
+    check_cost_model(model)
+    tasks = _tasks(args.ops, found)
+    target = targets.resolve(args.target)
+    if find_cxx() is None:
+        raise UserError("`tune` needs a C++ compiler to link candidates (apt-get install g++)")
+    options = Options(args.trials, budget, args.seed, model)
+    with ExitStack() as stack:
+        builder, runner = _machines(args, target, _scratch(root, target), stack)
+        display = stack.enter_context(Display())
+        result = _session(tasks, options, (root, target), (builder, runner), display, stack)
+    return _report(args, result, options, root, target, runner)
+
+
+def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:
+    """Each function of each kernel key once, `attend` first."""
+    from kivi_tvm.ops import FUNCTIONS
+    from kivi_tvm.tune.candidate import Task
+    from kivi_tvm.tune.cases import make_case
+    from kivi_tvm.tune.plan import MAIN_FUNCTION
+
+    if unknown := [name for name in names or () if name not in FUNCTIONS]:
+        raise UserError(f"`--ops` must be among {sorted(FUNCTIONS)}, got {unknown}")
+    wanted = sorted(
+        (name for name in FUNCTIONS if not names or name in names),
+        key=lambda name: name != MAIN_FUNCTION,
+    )
+    by_key: dict[Any, Workload] = {}
+    for workload in found:
+        first = by_key.setdefault(workload.cfg.kernel_key(), workload)
+        if first is not workload:
+            raise UserError(
+                f"{first.id} and {workload.id} run the same kernels, which have one record: "
+                "name one of them"
+            )
+    tasks = [Task(name, workload) for name in wanted for workload in by_key.values()]
+    try:
+        # The only operator that has nothing to do on a short cache.
+        for task in {x.workload: x for x in tasks if FUNCTIONS[x.function][0] == "attend"}.values():
+            make_case(task)
+    except ValueError as error:
+        raise UserError(f"`--tokens` is too small: {error}") from error
+    return tasks
+
+
+def _scratch(root: Path, target: Target) -> Path:
+    from kivi_tvm import targets
+
+    return root / ".scratch" / targets.slug(target)
+
+
+def _machines(
+    args: argparse.Namespace, target: Target, scratch: Path, stack: ExitStack
+) -> tuple[Builder, Runner]:
+    """What compiles and what measures."""
+    from kivi_tvm import targets
+    from kivi_tvm.cpu import missing_cpu_flags
+    from kivi_tvm.manifest import current_versions
+    from kivi_tvm.tune.builder import Builder
+    from kivi_tvm.tune.local import LocalRunner
+
+    missing = missing_cpu_flags(targets.required_cpu_flags(target))
+    if args.runner == "local" and missing:
+        raise UserError(
+            f"`--runner local` needs a processor with {', '.join(missing)} for this `--target`; "
+            "measure on one through `--runner rpc`"
+        )
+    folder = scratch / f"built-tvm-{current_versions()['tvm']}"
+    builder = stack.enter_context(Builder(target, folder))
+    if args.runner == "local":
+        return builder, stack.enter_context(LocalRunner(builder.paused, args.threads))
+    from kivi_tvm.tune.rpc import RpcRunner
+
+    host, _, port = args.tracker.rpartition(":")
+    runner = RpcRunner(host, int(port), args.tracker_key, target, args.threads)
+    return builder, stack.enter_context(runner)
+
+
+def _session(
+    tasks: list[Task],
+    options: Options,
+    place: tuple[Path, Target],
+    machines: tuple[Builder, Runner],
+    display: Any,
+    stack: ExitStack,
+) -> Result:
+    from kivi_tvm.bench.record import commit
+    from kivi_tvm.tune import publish
+    from kivi_tvm.tune.cases import make_case
+    from kivi_tvm.tune.journal import Journals
+    from kivi_tvm.tune.session import Tools, tune
+    from kivi_tvm.tune.space import Space, explorer
+
+    (root, target), (builder, runner) = place, machines
+    facts = publish.facts(target, runner)
+    tools = Tools(
+        builder=builder,
+        runner=runner,
+        journals=stack.enter_context(Journals(_scratch(root, target), facts, display.say)),
+        observer=display,
+        space=lambda task: Space(explorer(task.function, task.key, target)),
+        seeds=lambda task: publish.seeds(root, target, task),
+        publish=publish.publisher(root, target, options, runner, commit()),
+        nbytes=lambda task: make_case(task).nbytes,
+    )
+    return tune(tasks, options, tools)
+
+
+def _report(
+    args: argparse.Namespace,
+    result: Result,
+    options: Options,
+    root: Path,
+    target: Target,
+    runner: Runner,
+) -> int:
+    from kivi_tvm import targets
+    from kivi_tvm.tune import plot, report
+    from kivi_tvm.tune.session import INTERRUPTED
+
+    where = str(root / targets.slug(target))
+    if args.plot:
+        plot.plot(result.outcomes, f"{targets.slug(target)}, {runner.device.name}", args.plot)
+    if args.json:
+        print(json.dumps(report.to_json(result, options, targets.identity(target), runner, where)))
+    else:
+        report.print_table(result, where)
+    if result.stopped == INTERRUPTED:
+        return INTERRUPTED_STATUS
+    return 0 if any(each.error is None for each in result.outcomes) else NOTHING_WORKS
