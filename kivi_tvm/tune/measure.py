@@ -19,8 +19,8 @@ Requests of `serve`; every answer but `{"at": i}` ends one, a failure is
 DIR; `kivi_tvm.tune.emit` writes it. The first line of `results.jsonl` is `{"folder", "device",
 "read_gb_per_s", "versions"}`, `folder` being the `checksum`. A line of a candidate is `{"id",
 "times_us", "max_error", "error_limit"}` or `{"id", "failure"}`; after all candidates of a task
-comes `{"task", "compared": {ID: times}, "failed": {ID: failure}}`, its default and its best timed in
-turn. Every line has its own "checksum" and but for the first "seconds". What has a line is skipped,
+comes `{"task", "compared": {ID: times}, "failed": {ID: failure}}`, its default and its best timed
+in turn. Every line has its own "checksum" and but for the first "seconds". What has a line is skipped,
 so that a batch that was cut off is continued by the same command. A candidate without a library,
 because it could not be compiled, is left out.
 
@@ -734,7 +734,8 @@ class Batch:
         right = [(each, line["times_us"]) for each, line in found if "times_us" in line]
         best = sorted((c for c in right if c[0]["decisions"]), key=lambda c: _median(c[1]))
         left = [c for c, _ in right if not c["decisions"]] + [c for c, _ in best[:FINALISTS]]
-        compared, failed = {}, {}
+        compared: Json = {}
+        failed: Json = {}
         while left:
             rounds = self.content["rounds"]
             libraries = [self._path(each["library"]) for each in left]
