@@ -26,9 +26,7 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    from kivi_tvm.tune.parsed import keep_parsed
 
-    keep_parsed()
     send({"ready": True})
     for line in sys.stdin:
         send(_answer(json.loads(line)))

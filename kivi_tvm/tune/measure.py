@@ -83,9 +83,13 @@ MAX_COPIES = 1024
 WARM_CALLS = 50
 FALLBACK_CACHE_BYTES = 32 << 20
 FILL_BLOCK = 1 << 20
-SAMPLES = 9
+SAMPLES = 15  # at least
 SAMPLED_US = 60e3  # of timed calls per candidate and call, at least
-MAX_CALLS = 4000
+SAMPLE_US = 1e3  # of a sample: short, so that some fall between what others do
+# A sample during which our threads waited longer than this share of it for a processor is
+# disturbed, and taken again as often as that is affordable.
+DISTURBED = 0.01
+MAX_ATTEMPTS = 4
 READ_BYTES = 512 << 20
 FINALISTS = 5  # candidates of a batch that are compared with the default at the end
 START_TIMEOUT_S = 300.0  # importing torch from a cold network disk takes minutes
@@ -336,12 +340,62 @@ def _cuda_times(kernel: Kernel, rows: Sequence[tuple[Any, ...]]) -> list[float]:
     return [1e3 * start.elapsed_time(end) for start, end in events]
 
 
+def waited_ns() -> int:
+    """Nanoseconds for which threads of this process were ready and got no processor (Linux)."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            total += int(path.read_text().split()[1])
+    return total
+
+
+class Sample(NamedTuple):
+    """The median of some calls, and the share of their time that others took from us."""
+
+    disturbed: float
+    us: float
+
+
+def sample(call: TimedCall, kernel: Kernel, calls: int) -> Sample:
+    """Time so many calls."""
+    before = waited_ns()
+    times = call.run(kernel, calls)
+    return Sample((waited_ns() - before) / (1e3 * sum(times)), statistics.median(times))
+
+
 def time_call(call: TimedCall, kernel: Kernel) -> list[float]:
-    """`SAMPLES` medians over at least `SAMPLED_US` in all, after a few calls to warm up."""
+    """Medians of samples that last `SAMPLED_US` in all, at least `SAMPLES`, after a warm-up.
+
+    While other processes disturb, up to `MAX_ATTEMPTS` times as many are taken; those that were
+    disturbed least count.
+    """
+    each, one = _calls_of_a_sample(call, kernel)
+    wanted = max(SAMPLES, math.ceil(SAMPLED_US / (each * one)))
+    taken: list[Sample] = []
+    calm = 0
+    while calm < wanted and len(taken) < MAX_ATTEMPTS * wanted:
+        taken.append(sample(call, kernel, each))
+        calm += taken[-1].disturbed <= DISTURBED
+    least = sorted(range(len(taken)), key=lambda i: taken[i].disturbed)[:wanted]
+    return [taken[i].us for i in sorted(least)]
+
+
+def _calls_of_a_sample(call: TimedCall, kernel: Kernel) -> tuple[int, float]:
+    """Warm up; how many calls make a sample, and the microseconds of one."""
     first = call.run(kernel, min(len(call.rows), WARM_CALLS) + 1)
     one = max(0.1, statistics.median_low(first))
-    each = math.ceil(min(MAX_CALLS, max(SAMPLES, SAMPLED_US / one)) / SAMPLES)
-    return [statistics.median(call.run(kernel, each)) for _ in range(SAMPLES)]
+    return math.ceil(SAMPLE_US / one), one
+
+
+def calmest(call: TimedCall, kernel: Kernel, calls: int) -> float:
+    """The first undisturbed of `MAX_ATTEMPTS` samples, or the one disturbed least."""
+    taken: list[Sample] = []
+    while len(taken) < MAX_ATTEMPTS:
+        call.run(kernel, 1)
+        taken.append(sample(call, kernel, calls))
+        if taken[-1].disturbed <= DISTURBED:
+            break
+    return min(taken).us
 
 
 def weighted(calls: Sequence[TimedCall], times: Sequence[list[float]]) -> list[float]:
@@ -357,19 +411,13 @@ def compare_kernels(
     A neighbour that slows the machine for a while slows all kernels alike.
     """
     samples: list[list[float]] = [[] for _ in kernels]
-    burst = []
-    for call in calls:
-        one = max(
-            0.1, statistics.median_low(call.run(kernels[0], min(len(call.rows), WARM_CALLS) + 1))
-        )
-        burst.append(max(3, min(50, math.ceil(4e3 / one))))
+    burst = [_calls_of_a_sample(call, kernels[0])[0] for call in calls]
     for number in range(rounds):
         for i in range(len(kernels))[:: -1 if number % 2 else 1]:
             at(i)
             total = 0.0
             for call, count in zip(calls, burst):
-                call.run(kernels[i], 1)
-                total += call.weight * statistics.median(call.run(kernels[i], count))
+                total += call.weight * calmest(call, kernels[i], count)
             samples[i].append(total)
     return samples
 

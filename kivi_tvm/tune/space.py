@@ -61,9 +61,10 @@ class Size:
 
     def __str__(self) -> str:
         if self.exact:
-            return f"{self.points:,}"
-        digits = max(0, len(str(self.points)) - 2)
-        return f"about {round(self.points, -digits):,}"
+            return f"{self.points}"
+        return (
+            f"~{float(f'{self.points:.1e}'):,.0f}" if self.points < 1e6 else f"~{self.points:.0e}"
+        )
 
 
 Explore = Callable[[Decisions], Point]

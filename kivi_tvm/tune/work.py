@@ -43,16 +43,21 @@ class Work:
         self._proposed = progress.done
 
     @property
+    def is_exhausted(self) -> bool:
+        """Tell whether every program of the space was tried."""
+        size = self.progress.size
+        return self._search.exhausted or (size.exact and self._proposed >= size.points)
+
+    @property
     def is_open(self) -> bool:
         """Tell whether further trials make sense."""
         hopeless = self.progress.done >= HOPELESS_TRIALS and not self._best
-        return not (self._search.exhausted or hopeless)
+        return not (self.is_exhausted or hopeless)
 
     @property
     def need(self) -> Need:
         """What it could use of the trials that are left."""
-        size = self.progress.size
-        room = max(0 if size.exact else 1, size.points - self._proposed)
+        room = max(1, self.progress.size.points - self._proposed)
         least = int(self._proposed == 0)  # the default is measured in any case
         return Need(self.progress.task.function, room, least)
 
@@ -109,7 +114,7 @@ class Work:
             progress.done,
             dict(progress.failures),
             progress.size,
-            self._search.exhausted,
+            self.is_exhausted,
             tuple(progress.curve),
             **fields,  # type: ignore[arg-type]
         )

@@ -15,8 +15,8 @@ ELEMENTWISE = ("load_value", "value_code", "load_word", "store_value_code", "loa
 
 def append(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `append` for SIMD lanes and threads."""
+    width = choose_width(sch, "elementwise", hardware.float32_lanes)
     for name in ELEMENTWISE:
-        width = choose_width(sch, name, hardware.float32_lanes)
         vectorize_last(sch, sch.get_sblock(name), width)
     key_group(sch, hardware)
     parallelize(sch, sch.get_sblock("row"))

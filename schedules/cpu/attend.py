@@ -43,10 +43,12 @@ def attend(sch: Schedule, hardware: Hardware) -> None:
     contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE, lanes)
     contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE, lanes)
     # 2. reductions by lanes
+    width = choose_width(sch, "reduced", lanes)
     for name in ("q_zero", "max", "sum", "p_zero"):
-        reduce_by_lanes(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
+        reduce_by_lanes(sch, sch.get_sblock(name), width)
     # 3. elementwise stages
+    width = choose_width(sch, "elementwise", lanes)
     for name in ELEMENTWISE:
-        vectorize_last(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
+        vectorize_last(sch, sch.get_sblock(name), width)
     # 4. threads
     parallelize(sch, sch.get_sblock("split"))

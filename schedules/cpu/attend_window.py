@@ -39,9 +39,11 @@ def attend_window(sch: Schedule, hardware: Hardware) -> None:
     tile = register_tile(M, D // lanes, ACCUMULATORS)
     contract_in_registers(sch, out, sch.get_sblock("chunk_acc"), tile, lanes)
     # 2. reductions by lanes, elementwise stages
+    width = choose_width(sch, "reduced", lanes)
     for name in ("max", "sum"):
-        reduce_by_lanes(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
+        reduce_by_lanes(sch, sch.get_sblock(name), width)
+    width = choose_width(sch, "elementwise", lanes)
     for name in ELEMENTWISE:
-        vectorize_last(sch, sch.get_sblock(name), choose_width(sch, name, lanes))
+        vectorize_last(sch, sch.get_sblock(name), width)
     # 3. threads
     parallelize(sch, sch.get_sblock("row"))

@@ -11,7 +11,7 @@ from kivi_tvm.targets import Hardware
 def combine(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine` for SIMD lanes and threads."""
     # "add" updates its accumulator in place, which TVM does not vectorize but LLVM does
+    width = choose_width(sch, "elementwise", hardware.float32_lanes)
     for name in ("start", "out"):
-        width = choose_width(sch, name, hardware.float32_lanes)
         vectorize_last(sch, sch.get_sblock(name), width)
     parallelize(sch, sch.get_sblock("head"))

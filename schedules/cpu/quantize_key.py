@@ -23,9 +23,9 @@ def quantize_key(sch: Schedule, hardware: Hardware) -> None:
 
 def key_group(sch: Schedule, hardware: Hardware) -> None:
     """Schedule the blocks of one key group, wherever they stand."""
+    width = choose_width(sch, "key_reduced", hardware.float32_lanes)
     for name in ("key_low", "key_high", "key_bad"):
-        width = choose_width(sch, name, hardware.float32_lanes)
         reduce_over_rows(sch, sch.get_sblock(name), width)
+    width = choose_width(sch, "key_elementwise", hardware.float32_lanes)
     for name in ("key_scale", "key_zero", "key_code"):
-        width = choose_width(sch, name, hardware.float32_lanes)
         vectorize_last(sch, sch.get_sblock(name), width)

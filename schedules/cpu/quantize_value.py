@@ -31,8 +31,8 @@ def quantize_value(sch: Schedule, hardware: Hardware) -> None:
 
 def value_tokens(sch: Schedule, hardware: Hardware) -> None:
     """Schedule the blocks that quantize values token by token, wherever they stand."""
+    width = choose_width(sch, "value_reduced", hardware.float32_lanes)
     for name in ("value_low", "value_high", "value_bad"):
-        width = choose_width(sch, name, hardware.float32_lanes)
         reduce_by_lanes(sch, sch.get_sblock(name), width)
     width = choose_width(sch, "value_code", hardware.float32_lanes)
     vectorize_last(sch, sch.get_sblock("value_code"), width)

@@ -14,7 +14,6 @@ from tune.tasks import TINY
 from kivi_tvm import compile, targets
 from kivi_tvm.tune.builder import Builder, Pause
 from kivi_tvm.tune.candidate import Candidate, Task
-from kivi_tvm.tune.parsed import keep_parsed
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +154,3 @@ def test_nothing_stays_behind_when_the_parent_is_killed(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     group = int(done.stdout)
     assert wait_for(lambda: set(states(group)) <= {"Z"})
-
-
-def test_parsed_operators_stay_as_they_are(target, monkeypatch):
-    """TVM schedules a function in place: what is kept must not be what is scheduled."""
-    from kivi_tvm import ops
-
-    expected = candidate("attend", target).schedule_hash
-    monkeypatch.setattr(ops, "OPS", ops.OPS.copy())
-    monkeypatch.setattr(compile, "OPS", ops.OPS)
-    keep_parsed()
-    keep_parsed()
-    assert [candidate("attend", target).schedule_hash for _ in range(3)] == [expected] * 3

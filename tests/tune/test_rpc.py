@@ -19,7 +19,8 @@ from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
 from kivi_tvm.tune.builder import Builder
 from kivi_tvm.tune.candidate import Built, Candidate, Task
-from kivi_tvm.tune.rpc import RpcRunner, address, server_keys
+from kivi_tvm.tune.rpc import RpcRunner
+from kivi_tvm.tune.rpc_client import address, server_keys
 from kivi_tvm.workloads import Workload
 
 HOST, KEY = "127.0.0.1", "board"
