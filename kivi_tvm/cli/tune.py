@@ -16,12 +16,11 @@ from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
 
 if TYPE_CHECKING:
-    from tvm.target import Target
-
     from kivi_tvm.tune.builder import Builder
     from kivi_tvm.tune.candidate import Task
     from kivi_tvm.tune.outcome import Options, Result
     from kivi_tvm.tune.runner import Runner
+    from kivi_tvm.tune.start import Place
     from kivi_tvm.workloads import Workload
 
 DEFAULT_TRIALS = 256
@@ -85,12 +84,8 @@ def run(args: argparse.Namespace) -> int:
         return action(root, args.json)
     budget = _check(args, root)
     if args.collect:
-        from kivi_tvm.tune.collect import collect
-
-        done = collect(args.collect, root)
-        return _report(args, done.result, done.options, root, done.target, done.runner)
-    found = workloads(args)
-    return _tune(args, root, found, budget)
+        return _collect(args, root)
+    return _tune(args, root, workloads(args), budget)
 
 
 def _check(args: argparse.Namespace, root: Path) -> float | None:
@@ -143,6 +138,9 @@ def _check_writable(root: Path) -> None:
 
 def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: float | None) -> int:
     from kivi_tvm import targets
+    from kivi_tvm.bench.record import commit
+    from kivi_tvm.tune import session, start
+    from kivi_tvm.tune.builder import Builder
     from kivi_tvm.tune.cost import check_cost_model, default_cost_model
     from kivi_tvm.tune.outcome import Options
     from kivi_tvm.tune.progress import Display
@@ -158,11 +156,30 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
         from kivi_tvm.cli import tune_emit
 
         return tune_emit.emit(args, root, tasks, target, options)
+    place = start.Place(root, target)
     with ExitStack() as stack:
-        builder, runner = _machines(args, target, _scratch(root, target), stack)
+        builder = stack.enter_context(Builder(target, place.built))
+        runner = stack.enter_context(_runner(args, place, builder))
         display = stack.enter_context(Display())
-        result = _session(tasks, options, (root, target), (builder, runner), display, stack)
-    return _report(args, result, options, root, target, runner)
+        tools = start.tools(place, options, (builder, runner), display, commit(), stack)
+        result = session.tune(tasks, options, tools)
+    return _report(args, result, options, place, runner)
+
+
+def _collect(args: argparse.Namespace, root: Path) -> int:
+    from kivi_tvm.tune import start
+    from kivi_tvm.tune.collect import collect
+
+    done = collect(args.collect, root)
+    return _report(args, done.result, done.options, start.Place(root, done.target), done.runner)
+
+
+def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
+    from kivi_tvm.tune import start
+
+    if args.runner == "rpc":
+        return start.rpc_runner(place, args.tracker, args.tracker_key, args.threads)
+    return start.local_runner(place, builder, args.threads)
 
 
 def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:
@@ -196,86 +213,20 @@ def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:
     return tasks
 
 
-def _scratch(root: Path, target: Target) -> Path:
-    from kivi_tvm import targets
-
-    return root / ".scratch" / targets.slug(target)
-
-
-def _machines(
-    args: argparse.Namespace, target: Target, scratch: Path, stack: ExitStack
-) -> tuple[Builder, Runner]:
-    """What compiles and what measures."""
-    from kivi_tvm import targets
-    from kivi_tvm.cpu import missing_cpu_flags
-    from kivi_tvm.manifest import current_versions
-    from kivi_tvm.tune.builder import Builder
-    from kivi_tvm.tune.local import LocalRunner
-
-    missing = missing_cpu_flags(targets.required_cpu_flags(target))
-    if args.runner == "local" and missing:
-        raise UserError(
-            f"`--runner local` needs a processor with {', '.join(missing)} for this `--target`; "
-            "measure on one through `--runner rpc`"
-        )
-    folder = scratch / f"built-tvm-{current_versions()['tvm']}"
-    builder = stack.enter_context(Builder(target, folder))
-    if args.runner == "local":
-        return builder, stack.enter_context(LocalRunner(builder.paused, args.threads))
-    from kivi_tvm.tune.rpc import RpcRunner
-
-    host, _, port = args.tracker.rpartition(":")
-    runner = RpcRunner(host, int(port), args.tracker_key, target, args.threads)
-    return builder, stack.enter_context(runner)
-
-
-def _session(
-    tasks: list[Task],
-    options: Options,
-    place: tuple[Path, Target],
-    machines: tuple[Builder, Runner],
-    display: Any,
-    stack: ExitStack,
-) -> Result:
-    from kivi_tvm.bench.record import commit
-    from kivi_tvm.tune import publish
-    from kivi_tvm.tune.cases import make_case
-    from kivi_tvm.tune.journal import Journals
-    from kivi_tvm.tune.session import Tools, tune
-    from kivi_tvm.tune.space import Space, explorer
-
-    (root, target), (builder, runner) = place, machines
-    facts = publish.facts(target, runner)
-    tools = Tools(
-        builder=builder,
-        runner=runner,
-        journals=stack.enter_context(Journals(_scratch(root, target), facts, display.say)),
-        observer=display,
-        space=lambda task: Space(explorer(task.function, task.key, target)),
-        seeds=lambda task: publish.seeds(root, target, task),
-        publish=publish.publisher(root, target, options, runner, commit()),
-        nbytes=lambda task: make_case(task).nbytes,
-    )
-    return tune(tasks, options, tools)
-
-
 def _report(
-    args: argparse.Namespace,
-    result: Result,
-    options: Options,
-    root: Path,
-    target: Target,
-    runner: Runner,
+    args: argparse.Namespace, result: Result, options: Options, place: Place, runner: Runner
 ) -> int:
     from kivi_tvm import targets
     from kivi_tvm.tune import plot, report
     from kivi_tvm.tune.session import INTERRUPTED
 
-    where = str(root / targets.slug(target))
+    where = str(place.records)
     if args.plot:
-        plot.plot(result.outcomes, f"{targets.slug(target)}, {runner.device.name}", args.plot)
+        title = f"{targets.slug(place.target)}, {runner.device.name}"
+        plot.plot(result.outcomes, title, args.plot)
     if args.json:
-        print(json.dumps(report.to_json(result, options, targets.identity(target), runner, where)))
+        target = targets.identity(place.target)
+        print(json.dumps(report.to_json(result, options, target, runner, where)))
     else:
         report.print_table(result, where)
     if result.stopped == INTERRUPTED:

@@ -26,7 +26,6 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-
     send({"ready": True})
     for line in sys.stdin:
         send(_answer(json.loads(line)))

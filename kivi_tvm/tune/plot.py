@@ -38,7 +38,7 @@ def plot(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
 
 
 def _draw(axes: Any, name: str, group: Sequence[Outcome]) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     functions = list(dict.fromkeys(each.task.function for each in group))
     workloads = list(dict.fromkeys(each.task.workload.id for each in group))
@@ -57,6 +57,7 @@ def _draw(axes: Any, name: str, group: Sequence[Outcome]) -> None:
             label=_label(each, by_workload, len(workloads) > 1),
         )
     axes.axhline(1, color="gray", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(title=name, xlabel="trial", ylabel="best time so far, of the default's")
     axes.set_ylim(top=1.02)

@@ -12,8 +12,11 @@ from kivi_tvm.tune.cost import CostModel
 from kivi_tvm.tune.space import Point, Space
 
 Decisions = Mapping[str, Option]
-WARM_UP = 12  # measured points before the best of them say where to look
-EXPLORED = 0.25  # share of random points in a batch after that
+WARM_UP = 8  # measured points before the best of them say where to look
+# Shares of random points in a batch, before that and after. A default made by hand is better than
+# most points, so that even the first changes are changes of it.
+EXPLORED_FIRST = 0.5
+EXPLORED = 0.25
 PARENTS = 6
 CHILDREN = 40  # changed decisions per parent among which the cost model chooses
 MORE_CHANGES = 0.3  # probability of each further change of a child
@@ -68,7 +71,8 @@ class Search:
         """Up to `n` new candidates; fewer only when the space is exhausted."""
         found = self._new(self._opening, n)
         if len(found) < n:
-            wanted = round((1 - EXPLORED) * (n - len(found))) if self._is_warm else 0
+            explored = EXPLORED if self._is_warm else EXPLORED_FIRST
+            wanted = round((1 - explored) * (n - len(found)))
             found += self._new(self._mutations(4 * wanted), wanted)
         if len(found) < n:
             draws = (("search", self._space.sample(self._rng)) for _ in range(DRAWS * n))
@@ -109,9 +113,10 @@ class Search:
         return sum(math.isfinite(us) for _, us in self._results) >= WARM_UP
 
     def _mutations(self, n: int) -> Iterator[tuple[str, Point]]:
-        """The `n` most promising of many untried changes to the best measured points."""
+        """The `n` most promising of many untried changes to the best points, at first the default."""
         best = sorted((us, i) for i, (_, us) in enumerate(self._results) if math.isfinite(us))
         parents = [self._space.point(self._results[i][0]) for _, i in best[:PARENTS]]
+        parents = parents if self._is_warm else [self._space.default]
         children: dict[frozenset[tuple[str, Option]], Decisions] = {}
         for parent in parents:
             for child in self._children(parent):
