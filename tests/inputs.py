@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from kivi_tvm.tune.cases.case import strided as strided
 from kivi_tvm.workloads import Workload, make_inputs
 
 # Where quantization can go wrong.
@@ -65,13 +66,3 @@ def ragged(cfg):
     """Lengths at the edges of the window: None is an inactive row."""
     R = cfg.R
     return [500, None, 1, R - 1, R, 0, R + 1, 2 * R + 31]
-
-
-def strided(x):
-    """The same values as a view with inner stride 1 and awkward outer strides."""
-    *outer, tokens_or_heads, D = x.shape
-    room = x.new_full((tokens_or_heads, *outer, D + 8), math.nan)
-    view = room[..., 3 : D + 3].movedim(0, -2)
-    view.copy_(x)
-    assert view.stride(-1) == 1 and not view.is_contiguous()
-    return view

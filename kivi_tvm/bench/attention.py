@@ -14,10 +14,13 @@ import torch
 from kivi_tvm import layout
 from kivi_tvm.bench import harness, peers
 from kivi_tvm.bench.harness import Timing
-from kivi_tvm.bench.provider import TOLERANCES, Provider
+from kivi_tvm.bench.provider import Provider
 from kivi_tvm.bench.record import Environment, Record
 from kivi_tvm.config import KiviConfig
+from kivi_tvm.database import Found
 from kivi_tvm.reference import ReferenceCache
+from kivi_tvm.runtime.module import Module, build, build_with
+from kivi_tvm.tune.cases.tolerance import RELATIVE_L2
 from kivi_tvm.workloads import Inputs, Workload, make_inputs
 
 READ = "read"
@@ -34,11 +37,18 @@ def kivi_bytes(cfg: KiviConfig, lengths: Sequence[int]) -> int:
     return total
 
 
-def ours(w: Workload, inputs: Inputs, copies: int, target: str) -> Provider:
-    """`decode` of `copies` compiled caches; every call makes its cache one token longer."""
-    import kivi_tvm
+def modules(cfg: KiviConfig, target: str) -> dict[str, Module]:
+    """What is built for users, and beside it the default schedules if that is tuned."""
+    from kivi_tvm import targets
 
-    module = kivi_tvm.build(w.cfg, target=target)
+    built = {"kivi-tvm": build(cfg, target)}
+    if "tuned" in built["kivi-tvm"].manifest["sources"].values():
+        built["kivi-tvm-default"] = build_with(cfg, targets.resolve(target), Found())
+    return built
+
+
+def ours(name: str, module: Module, w: Workload, inputs: Inputs, copies: int) -> Provider:
+    """`decode` of `copies` compiled caches; every call makes its cache one token longer."""
     q, k_new, v_new = inputs.q[0], inputs.k_new[0], inputs.v_new[0]
     expected = ReferenceCache(w.cfg, w.batch_size)
     expected.prefill(inputs.k, inputs.v, inputs.lengths)
@@ -49,12 +59,12 @@ def ours(w: Workload, inputs: Inputs, copies: int, target: str) -> Provider:
         calls.append(partial(cache.decode, q, k_new, v_new))
     nbytes = kivi_bytes(w.cfg, [length + 1 for length in w.row_lengths])
     return Provider(
-        name="kivi-tvm",
-        source="default",
+        name=name,
+        source=module.manifest["sources"]["attend"],
         calls=calls,
         nbytes=nbytes,
         expected=expected.decode(q, k_new, v_new),
-        tolerance=TOLERANCES[getattr(torch, w.dtype)],
+        tolerance=RELATIVE_L2[getattr(torch, w.dtype)],
     )
 
 
@@ -113,7 +123,8 @@ def run(
     Returns
     -------
     list of Record
-        Ours first. A record without a timing failed its check.
+        Ours first: as built, and with default schedules if that is tuned. A record without a timing
+        failed its check.
     """
     dtypes = {name: peers.parse(name)[1] for name in peer_names}
     inputs = make_inputs(w)
@@ -122,7 +133,10 @@ def run(
     def copies(nbytes: int) -> int:
         return harness.copies_for(nbytes, state, l3)
 
-    providers = [ours(w, inputs, copies(kivi_bytes(w.cfg, w.row_lengths)), target)]
+    own_copies = copies(kivi_bytes(w.cfg, w.row_lengths))
+    providers = [
+        ours(name, module, w, inputs, own_copies) for name, module in modules(w.cfg, target).items()
+    ]
     for name, dtype in dtypes.items():
         providers.append(peers.torch_peer(name, w, inputs, copies(peers.cache_bytes(w, dtype))))
     return compare(w, providers, state, rounds, target)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kivi_tvm.bench.cache import OURS, Case, bytes_in_use
 from kivi_tvm.bench.cache_setup import EXTEND, Pair, Setup
-from kivi_tvm.bench.provider import TOLERANCES, exact_attention, relative_l2
+from kivi_tvm.bench.provider import exact_attention, relative_l2
 from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime import Cache
 from kivi_tvm.runtime.rollback import Cropped
+from kivi_tvm.tune.cases.tolerance import RELATIVE_L2
 from kivi_tvm.workloads import Inputs
 
 COPIES = 4  # of `repeat`
@@ -146,7 +147,7 @@ def _attends(out: Tensor, q: Tensor, dense: Pair) -> bool:
     """Whether `out [B, H, D]` is attention over `dense`; the first and the last row are checked."""
     ends = [0, -1]
     expected = exact_attention(q[ends], dense[0][ends], dense[1][ends])
-    return relative_l2(out[ends], expected) <= TOLERANCES[out.dtype]
+    return relative_l2(out[ends], expected) <= RELATIVE_L2[out.dtype]
 
 
 def _is_reference(cache: Cache, inputs: Inputs) -> bool:

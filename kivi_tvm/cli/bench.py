@@ -119,9 +119,10 @@ def _attention(args: argparse.Namespace) -> int:
     records: list[Record] = []
     for workload in workloads:
         for state in args.state:
-            records += attention.run(workload, state, names, args.rounds, args.target)
+            found = attention.run(workload, state, names, args.rounds, args.target)
             if not args.json:
-                report.print_attention(records[-1 - len(names) :])
+                report.print_attention(found)
+            records += found
     if args.output:
         record.append_jsonl(args.output, records)
     if args.plot:

@@ -186,25 +186,31 @@ def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") 
     """
     if not isinstance(cfg, KiviConfig):
         raise TypeError(f"`cfg` must be a KiviConfig, got {cfg!r}")
-    set_thread_defaults()
     from kivi_tvm import targets
 
     resolved = targets.resolve(target)
-    found = find_records(cfg, targets.identity(resolved))
+    return build_with(cfg, resolved, find_records(cfg, targets.identity(resolved)))
+
+
+def build_with(cfg: KiviConfig, target: Target, found: Found) -> Module:
+    """`build` for a resolved target with the given tuning records: none for default schedules."""
+    set_thread_defaults()
+    from kivi_tvm import targets
+
     if find_cxx() is None:
         reason = "no C++ compiler was found (set CXX or install g++)"
-        return _in_process(cfg, resolved, found, reason)
-    flags = targets.required_cpu_flags(resolved)
-    name = cache_name(cfg.kernel_key(), targets.as_dict(resolved), flags, found.digest)
+        return _in_process(cfg, target, found, reason)
+    flags = targets.required_cpu_flags(target)
+    name = cache_name(cfg.kernel_key(), targets.as_dict(target), flags, found.digest)
 
     def make(path: Path) -> None:
-        kernels = _compile(cfg, resolved, found)
+        kernels = _compile(cfg, target, found)
         write_artifact(path, kernels.manifest(), kernels.export)
 
     try:
         entry = cached(name, make)
     except CacheUnavailable as error:
-        return _in_process(cfg, resolved, found, str(error))
+        return _in_process(cfg, target, found, str(error))
     source = "cache" if entry.hit else "compiled"
     return Module(cfg, open_library(entry.path), entry.manifest, source)
 
