@@ -16,13 +16,17 @@ Requests of `serve`; every answer but `{"at": i}` ends one, a failure is
 
 `candidates.json` is `{"complete", "checksum", "device", "rounds", "files": {FILE: SHA-256},
 "candidates": [{"id", "task", "decisions", "library", "case"}, ...]}` and more, files relative to
-DIR; `kivi_tvm.tune.emit` writes it. The first line of `results.jsonl` is `{"folder", "device",
-"read_gb_per_s", "versions"}`, `folder` being the `checksum`. A line of a candidate is `{"id",
-"times_us", "max_error", "error_limit"}` or `{"id", "failure"}`; after all candidates of a task
-comes `{"task", "compared": {ID: times}, "failed": {ID: failure}}`, its default and its best timed
-in turn. Every line has its own "checksum" and but for the first "seconds". What has a line is skipped,
-so that a batch that was cut off is continued by the same command. A candidate without a library,
-because it could not be compiled, is left out.
+DIR; `kivi_tvm.tune.emit` writes it. A line of `results.jsonl` is one of
+
+    {"folder", "device", "read_gb_per_s", "versions"}       the first; `folder` is the `checksum`
+    {"id", "times_us", "max_error", "error_limit"}          a candidate
+    {"id", "failure"}                                       a candidate that was dropped
+    {"task", "compared": {ID: times}, "failed": {ID: failure}}
+                                        after those of a task: its default and its best in turn
+
+with a "checksum" of its own and, but for the first, "seconds". What has a line is skipped, so that
+a batch that was cut off is continued by the same command. A candidate without a library, because
+it could not be compiled, is left out.
 
 A case (`torch.save` of plain data) is `{"format": 1, "function", "nbytes", "check": [CALL, ...],
 "timed": [CALL, ...]}`; `kivi_tvm.tune.cases` writes it. A CALL is

@@ -178,7 +178,7 @@ def test_the_faster_candidate_becomes_a_record(copy, tmp_path):
     assert (record.device, record.threads, record.read_gb_per_s) == ("a device", 3, 10.0)
 
 
-@pytest.mark.parametrize("kept, said", [(2, "2 of 3 candidates"), (4, "are not compared")])
+@pytest.mark.parametrize(("kept", "said"), [(2, "2 of 3 candidates"), (4, "are not compared")])
 def test_incomplete_results_publish_nothing_and_say_what_is_missing(copy, tmp_path, kept, said):
     seal(copy, *results(copy)[:kept])
     with (copy / measure.RESULTS).open("ab") as out:
@@ -228,7 +228,7 @@ def gone(folder):
 
 
 @pytest.mark.parametrize(
-    "damage, said",
+    ("damage", "said"),
     [
         (damage_content, "its checksum does not hold"),
         (damage_results, "line 3 of results.jsonl is damaged"),
@@ -256,7 +256,7 @@ def test_the_next_build_uses_what_was_collected(copy, tmp_path, monkeypatch, cap
     assert cli.main(["tune", "--collect", str(copy), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["runner"], report["functions"][0]["ratio"]) == ("detached", 2.0)
-    assert build(TINY.cfg).manifest.sources["combine"] == "tuned"
+    assert build(TINY.cfg).manifest["sources"]["combine"] == "tuned"
 
 
 @pytest.mark.slow
