@@ -113,7 +113,7 @@ class Search:
         return sum(math.isfinite(us) for _, us in self._results) >= WARM_UP
 
     def _mutations(self, n: int) -> Iterator[tuple[str, Point]]:
-        """The `n` most promising of many untried changes to the best points, at first the default."""
+        """The `n` most promising of many changes to the best points, at first to the default."""
         best = sorted((us, i) for i, (_, us) in enumerate(self._results) if math.isfinite(us))
         parents = [self._space.point(self._results[i][0]) for _, i in best[:PARENTS]]
         parents = parents if self._is_warm else [self._space.default]

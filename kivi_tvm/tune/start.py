@@ -47,7 +47,7 @@ class Place:
 
 
 def local_runner(place: Place, builder: Builder, threads: int | None) -> Runner:
-    """This machine, which stops compiling while it measures.
+    """What measures here, where nothing is compiled meanwhile.
 
     Raises
     ------

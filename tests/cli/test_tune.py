@@ -1,0 +1,170 @@
+"""`kivi-tvm tune` from outside: bad input, and real runs on functions that compile quickly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kivi_tvm.cli import main
+
+SMALL = ("--ops", "advance", "fill_window", "--tokens", "256", "--trials", "4")
+
+
+def command(folder, *arguments):
+    return [sys.executable, "-m", "kivi_tvm", "tune", "--log-dir", *map(str, (folder, *arguments))]
+
+
+def environment(**variables):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
+
+
+def tune(folder, *arguments, **variables):
+    return subprocess.run(
+        command(folder, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(**variables),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--trials", "0"], ["`--trials` must be at least 1, got 0"]),
+        (["--trials", "0", "--threads", "-1"], ["`--trials`", "`--threads`"]),
+        (["--seed", "-1"], ["`--seed` must not be negative, got -1"]),
+        (["--time-budget", "soon"], ["such as 90s, 10m or 1h, got 'soon'"]),
+        (["--runner", "rpc"], ["`--runner rpc` needs --tracker HOST:PORT and --tracker-key"]),
+        (["--tracker", "localhost:9190"], ["are for `--runner rpc`"]),
+        (["--plot", "curves.doc"], ["`--plot` must end in one of"]),
+        (["--plot", "absent/curves.png"], ["`--plot` must be in a folder that exists"]),
+    ],
+    ids=lambda x: "-".join(y.strip("-") for y in x) if x[0].startswith("--") else "",
+)
+def test_one_clear_line(capsys, tmp_path, options, words):
+    assert main(["tune", "--log-dir", str(tmp_path / "logs"), *options]) == 2
+    out, error = capsys.readouterr()
+    assert not out and len(error.splitlines()) == 1
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "logs").exists()
+
+
+def test_log_dir_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["tune", "--log-dir", str(tmp_path / "file")]) == 2
+    assert "`--log-dir` must be a directory that can be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ops", "attend", "attendd"], "`--ops` must be among ['advance', 'append'"),
+        (["--cost-model", "mlp"], "`--cost-model` must be one of ['xgb', 'random'], got 'mlp'"),
+        (["--target", "lvm"], "`target` must be one TVM knows, got 'lvm'"),
+        (["--tokens", "100"], "`tokens` must exceed residual_length=128"),
+        (["--model", "llama9"], "`--model` must be one of"),
+    ],
+    ids=lambda x: x[0].strip("-") if isinstance(x, list) else "",
+)
+def test_one_clear_line_before_anything_is_compiled(capfd, tmp_path, options, words):
+    assert main(["tune", "--log-dir", str(tmp_path), *options]) == 2
+    out, error = capfd.readouterr()
+    assert not out and words in error.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_is_needed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert main(["tune", "--log-dir", str(tmp_path / "logs"), "--ops", "advance"]) == 2
+    assert "needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_nothing_to_list(capsys, tmp_path):
+    assert main(["tune", "--log-dir", str(tmp_path), "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["records"]
+    assert not [each for each in listed if each["place"] == str(tmp_path)]
+    assert main(["tune", "--log-dir", str(tmp_path / "absent"), "--prune"]) == 0
+    assert "0 records" in capsys.readouterr().out
+
+
+def test_tune_resume_list_and_prune(tmp_path, capfd):
+    def here(*arguments):
+        capfd.readouterr()
+        assert main(["tune", "--log-dir", str(logs), *arguments]) == 0
+        return capfd.readouterr()
+
+    logs, picture = tmp_path / "logs", tmp_path / "curves.png"
+    done = tune(logs, *SMALL, "--json", "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    advance, fill = facts["functions"]
+    assert (advance["trials"], fill["trials"], facts["new_trials"]) == (1, 3, 4)
+    assert fill["exhausted"] and fill["space"] == {"points": 3, "exact": True}
+    for each in (advance, fill):
+        assert each["error"] is None and 0 < each["tuned_us"] <= each["default_us"]
+        assert each["max_error"] <= each["error_limit"] and each["bound_share"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "4 of 4 trials" in done.stderr and "per minute" in done.stderr
+
+    out, error = here(*SMALL)
+    assert "4 trials were finished by earlier runs" in error
+    assert "0 trials in" in out and "published in" in out
+    assert max(map(len, out.splitlines()[:7])) <= 80
+
+    listed = json.loads(here("--list", "--json").out)["records"]
+    mine = [each for each in listed if each["place"] == str(logs)]
+    assert {each["function"] for each in mine} == {"advance", "fill_window"}
+    assert {each["kind"] for each in mine} == {"measured"} and mine[0]["trials"] in (1, 3)
+
+    (database,) = logs.glob("*/database_*.json")
+    database.with_name("database_old.json.corrupt").write_text("")
+    pruned = json.loads(here("--prune", "--json").out)
+    assert (pruned["records"], len(pruned["files"])) == ([], 1)
+    assert pruned["scratch_bytes"] > 0 and not list(logs.glob(".scratch/*/built-*/*"))
+    assert list(logs.glob(".scratch/*/*.jsonl"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_a_terminal_publishes_and_reports(tmp_path):
+    """A terminal sends the signal to every process of the group."""
+    process = subprocess.Popen(
+        command(tmp_path, "--ops", "attend_window", "--trials", "400", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    while not any(path.read_text().count("\n") > 8 for path in tmp_path.rglob("*.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    (window,) = json.loads(out)["functions"]
+    assert window["error"] is None and "crash" not in window["failures"]
+    assert list(tmp_path.glob("*/database_*.json")) and "interrupted" in error
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again(tmp_path):
+    options = ("--ops", "attend_window", "--trials", "24", "--json")
+    process = subprocess.Popen(
+        command(tmp_path, *options), stderr=subprocess.DEVNULL, env=environment()
+    )
+    while not any(path.read_text().count("\n") > 8 for path in tmp_path.rglob("*.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = tune(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["functions"][0]["trials"] == 24 and 0 < facts["new_trials"] <= 16
