@@ -59,11 +59,11 @@ def cache_name(
 
 
 @cache
-def sources_digest(root: Path | None = None) -> str:
-    """SHA-256 over the package's files from which code is generated."""
+def sources_digest(root: Path | None = None, names: tuple[str, ...] = CODE_SOURCES) -> str:
+    """SHA-256 over the package's files from which code is generated, or other ones."""
     root = root or Path(__file__).parent
     files: set[Path] = set()
-    for name in CODE_SOURCES:
+    for name in names:
         path = root / name
         files.update([path] if path.is_file() else path.rglob("*.py"))
     digest = hashlib.sha256()

@@ -53,6 +53,12 @@ def add_parser(subparsers: Any) -> None:
     actions = parser.add_argument_group("instead of tuning").add_mutually_exclusive_group()
     actions.add_argument("--list", action="store_true", help="show all records")
     actions.add_argument(
+        "--emit", type=Path, metavar="DIR", help="write candidates for a device with batch jobs"
+    )
+    actions.add_argument(
+        "--collect", type=Path, metavar="DIR", help="make records of what was measured in DIR"
+    )
+    actions.add_argument(
         "--prune",
         action="store_true",
         help="remove records whose schedule is another one now, damaged files, built candidates",
@@ -77,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         action = tune_records.show if args.list else tune_records.prune
         return action(root, args.json)
     budget = _check(args, root)
+    if args.collect:
+        return _collect(args, root)
     return _tune(args, root, workloads(args), budget)
 
 
@@ -144,6 +152,10 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
     if find_cxx() is None:
         raise UserError("`tune` needs a C++ compiler to link candidates (apt-get install g++)")
     options = Options(args.trials, budget, args.seed, model)
+    if args.emit:
+        from kivi_tvm.cli import tune_emit
+
+        return tune_emit.emit(args, root, tasks, target, options)
     place = start.Place(root, target)
     with ExitStack() as stack:
         builder = stack.enter_context(Builder(target, place.built))
@@ -152,6 +164,14 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
         tools = start.tools(place, options, (builder, runner), display, commit(), stack)
         result = session.tune(tasks, options, tools)
     return _report(args, result, options, place, runner)
+
+
+def _collect(args: argparse.Namespace, root: Path) -> int:
+    from kivi_tvm.tune import start
+    from kivi_tvm.tune.collect import collect
+
+    done = collect(args.collect, root)
+    return _report(args, done.result, done.options, start.Place(root, done.target), done.runner)
 
 
 def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:

@@ -14,10 +14,19 @@ Requests of `serve`; every answer but `{"at": i}` ends one, a failure is
                                              -> {"at": i} ..., {"times_us": [[...], ...]}
     {"do": "bandwidth"}                      -> {"gb_per_s"}
 
-`candidates.json` is a list of `{"id", "library", "case"}`, files relative to DIR. A line of
-`results.jsonl` is `{"id", "times_us", "max_error", "error_limit"}` or `{"id", "failure"}`; its
-first line is `{"device", "read_gb_per_s", "versions"}`. Candidates that have a line are skipped, so
-that a batch that was cut off is continued by the same command.
+`candidates.json` is `{"complete", "checksum", "device", "rounds", "files": {FILE: SHA-256},
+"candidates": [{"id", "task", "decisions", "library", "case"}, ...]}` and more, files relative to
+DIR; `kivi_tvm.tune.emit` writes it. A line of `results.jsonl` is one of
+
+    {"folder", "device", "read_gb_per_s", "versions"}       the first; `folder` is the `checksum`
+    {"id", "times_us", "max_error", "error_limit"}          a candidate
+    {"id", "failure"}                                       a candidate that was dropped
+    {"task", "compared": {ID: times}, "failed": {ID: failure}}
+                                        after those of a task: its default and its best in turn
+
+with a "checksum" of its own and, but for the first, "seconds". What has a line is skipped, so that
+a batch that was cut off is continued by the same command. A candidate without a library, because
+it could not be compiled, is left out.
 
 A case (`torch.save` of plain data) is `{"format": 1, "function", "nbytes", "check": [CALL, ...],
 "timed": [CALL, ...]}`; `kivi_tvm.tune.cases` writes it. A CALL is
@@ -38,6 +47,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -52,13 +63,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import tvm_ffi
 from torch import Tensor
 
 FORMAT = 1
+RESULTS = "results.jsonl"
 UNTOUCHED, ANY = -1, -2  # in `group`: equal bit for bit; whatever it is
 POISON_WORD = 0x5A5A5A5A
 # Quiet NaNs with a payload that no kernel and no cast produces: a write is always seen.
@@ -83,6 +95,8 @@ SAMPLE_US = 1e3  # of a sample: short, so that some fall between what others do
 DISTURBED = 0.01
 MAX_ATTEMPTS = 4
 READ_BYTES = 512 << 20
+FINALISTS = 5  # candidates of a batch that are compared with the default at the end
+START_TIMEOUT_S = 300.0  # importing torch from a cold network disk takes minutes
 END_CHARS = 300  # of both ends of a worker's stderr, in a failure's message
 
 Kernel = Callable[..., Any]
@@ -692,60 +706,204 @@ def serve_command(device: str) -> list[str]:
 class Batch:
     """The candidates of a folder, each measured in a worker that it can only end for itself."""
 
-    def __init__(self, folder: Path, device: str, threads: int, timeout_s: float) -> None:
-        self.folder, self.device, self.timeout_s = folder, device, timeout_s
+    def __init__(self, folder: Path, device: str | None, threads: int, timeout_s: float) -> None:
+        self.folder, self.timeout_s = folder, timeout_s
+        self.content: Json = json.loads((folder / "candidates.json").read_text())
+        if not self.content["complete"]:
+            raise SystemExit(f"{folder}: emitting was cut off; run `kivi-tvm tune --emit` again")
+        self.device = device or self.content["device"]
         self.environment = worker_environment(threads)
         self.worker: Worker | None = None
         self.case = ""
 
     def run(self) -> None:
         """Measure what has no result yet."""
-        path = self.folder / "results.jsonl"
-        done = _finished(path)
-        candidates = json.loads((self.folder / "candidates.json").read_text())
-        with path.open("a") as out:
+        with (self.folder / RESULTS).open("a+b") as out:
+            _lock(out)
+            lines = _whole_lines(out)
+            if lines:
+                self._check_header(lines[0])
+            else:
+                put(out, self._header())
+            done = {line["id"]: line for line in lines if "id" in line}
+            compared = {line["task"] for line in lines if "task" in line}
+            for task, candidates in self._tasks().items():
+                for each in candidates:
+                    if each["id"] not in done:
+                        done[each["id"]] = put(out, self._timed(self._measure, each))
+                if task not in compared:
+                    found = [(each, done[each["id"]]) for each in candidates]
+                    put(out, self._timed(self._compare, found))
+        if self.worker is not None:
+            self.worker.close()
 
-            def put(line: Json) -> None:
-                out.write(json.dumps(line) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
-
-            if not done:
-                put(self._header())
-            for candidate in candidates:
-                if candidate["id"] not in done:
-                    put({"id": candidate["id"], **self._measure(candidate)})
+    def _tasks(self) -> dict[str, list[Json]]:
+        found: dict[str, list[Json]] = {}
+        for candidate in self.content["candidates"]:
+            if candidate["library"] is not None:
+                found.setdefault(candidate["task"], []).append(candidate)
+        return found
 
     def _header(self) -> Json:
         names = ("torch", "apache-tvm", "apache-tvm-ffi", "numpy")
         return {
+            "folder": self.content["checksum"],
             "device": self._ask({"do": "device"}),
-            "read_gb_per_s": self._ask({"do": "bandwidth"}).get("gb_per_s"),
+            "read_gb_per_s": self._ask({"do": "bandwidth"})["gb_per_s"],
             "versions": {name: _version(name) for name in names},
         }
 
+    def _check_header(self, header: Json) -> None:
+        """Only the same candidates on the same device go on where others ended."""
+        device = self._ask({"do": "device"})
+        for name, found in (("folder", self.content["checksum"]), ("device", device)):
+            if header.get(name) != found:
+                raise SystemExit(
+                    f"{RESULTS} is of another {name} ({header.get(name)}, here {found}): "
+                    "move it away to begin anew"
+                )
+
+    def _timed(self, measure: Callable[[Any], Json], what: Any) -> Json:
+        start = time.monotonic()
+        return {**measure(what), "seconds": round(time.monotonic() - start, 3)}
+
     def _measure(self, candidate: Json) -> Json:
-        library = str((self.folder / candidate["library"]).resolve())
-        found: Json = {}
+        library = candidate["library"]
         try:
-            if self.worker is None or self.case != candidate["case"]:
-                self.case = ""
-                found = self._ask({"do": "load", "case": str(self.folder / candidate["case"])})
-                self.case = candidate["case"] if "failure" not in found else ""
+            found = self._load(candidate["case"])
+            if "failure" not in found:
+                found = self._altered(library) or {}
             for do in ("check", "time"):
                 if "failure" not in found:
-                    found |= self._ask({"do": do, "library": library})
+                    found |= self._ask({"do": do, "library": self._path(library)})
         except WorkerFailed as error:
-            self.worker = None
-            return _failure(error.kind, str(error))
-        kept = ("times_us", "max_error", "error_limit", "failure")
-        return {name: found[name] for name in kept if name in found}
+            found = _failure(error.kind, str(error))
+        kept = ("failure",) if "failure" in found else ("times_us", "max_error", "error_limit")
+        return {"id": candidate["id"], **{name: found[name] for name in kept}}
 
-    def _ask(self, request: Json) -> Json:
-        if self.worker is None:
-            self.worker = Worker(serve_command(self.device), self.environment, True)
-            self.worker.receive(self.timeout_s)
-        return self.worker.ask(request, self.timeout_s)
+    def _compare(self, found: list[tuple[Json, Json]]) -> Json:
+        """The defaults and the best of a task in turn; who fails drops out."""
+        right = [(each, line["times_us"]) for each, line in found if "times_us" in line]
+        best = sorted((c for c in right if c[0]["decisions"]), key=lambda c: _median(c[1]))
+        left = [c for c, _ in right if not c["decisions"]] + [c for c, _ in best[:FINALISTS]]
+        compared: Json = {}
+        failed: Json = {}
+        while left:
+            rounds = self.content["rounds"]
+            libraries = [self._path(each["library"]) for each in left]
+            request = {"do": "compare", "libraries": libraries, "rounds": rounds}
+            try:
+                self._load(left[0]["case"])
+                answer = self._ask(request, self.timeout_s * (1 + rounds))
+            except WorkerFailed as error:
+                culprit = left.pop(error.at or 0)
+                failed |= {culprit["id"]: _failure(error.kind, str(error))["failure"]}
+                continue
+            if "failure" in answer:
+                failed |= {each["id"]: answer["failure"] for each in left}
+            else:
+                compared = {e["id"]: times for e, times in zip(left, answer["times_us"])}
+            break
+        return {"task": found[0][0]["task"], "compared": compared, "failed": failed}
+
+    def _load(self, case: str) -> Json:
+        """Make the worker hold a case; a failure if it cannot."""
+        if self.worker is not None and self.case == case:
+            return {}
+        self.case = ""
+        found = self._altered(case) or self._ask({"do": "load", "case": self._path(case)})
+        if "failure" not in found:
+            self.case = case
+        return found
+
+    def _altered(self, name: str) -> Json | None:
+        """A failure where a file is not the one that was emitted."""
+        try:
+            if sha256(self.folder / name) == self.content["files"].get(name):
+                return None
+        except OSError as error:
+            return _failure("load", str(error))
+        return _failure("load", f"{name} is not the file that was emitted (SHA-256)")
+
+    def _path(self, name: str) -> str:
+        return str((self.folder / name).resolve())
+
+    def _ask(self, request: Json, timeout_s: float | None = None) -> Json:
+        try:
+            if self.worker is None:
+                self.case = ""
+                self.worker = Worker(serve_command(self.device), self.environment, True)
+                self.worker.receive(START_TIMEOUT_S)
+            return self.worker.ask(request, timeout_s or self.timeout_s)
+        except WorkerFailed:
+            self.worker = None
+            raise
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def line_checksum(line: Json) -> str:
+    """Of a line of results, its own "checksum" left out."""
+    content = {name: value for name, value in line.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def put(out: IO[bytes], line: Json) -> Json:
+    """Append one line, which a crash afterwards cannot take back."""
+    out.write(json.dumps({**line, "checksum": line_checksum(line)}).encode() + b"\n")
+    out.flush()
+    os.fsync(out.fileno())
+    return line
+
+
+def parse_results(data: bytes) -> list[Json]:
+    """The lines of results; half a line at the end is left out.
+
+    Raises
+    ------
+    ValueError
+        A line is damaged.
+    """
+    found = []
+    for number, text in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            line = json.loads(text)
+            intact = line["checksum"] == line_checksum(line)
+        except (ValueError, KeyError, TypeError):
+            intact = False
+        if not intact:
+            raise ValueError(f"line {number} of {RESULTS} is damaged")
+        found.append(line)
+    return found
+
+
+def _whole_lines(out: IO[bytes]) -> list[Json]:
+    """What earlier runs finished; half a line at the end is cut off."""
+    out.seek(0)
+    data = out.read()
+    try:
+        lines = parse_results(data)
+    except ValueError as error:
+        raise SystemExit(f"{error}: move the file away to begin anew") from error
+    out.truncate(data.rfind(b"\n") + 1)
+    return lines
+
+
+def _lock(out: IO[bytes]) -> None:
+    """Keep a second batch out, where the file system can."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process is writing {RESULTS}") from None
+    except OSError:
+        return
+
+
+def _median(times: Sequence[float]) -> float:
+    return statistics.median_low(times)
 
 
 def _version(distribution: str) -> str | None:
@@ -755,27 +913,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _finished(path: Path) -> set[str]:
-    """Candidates that have a whole line; half a line at the end is cut off."""
-    if not path.exists():
-        return set()
-    whole = path.read_bytes().rpartition(b"\n")
-    path.write_bytes(whole[0] + whole[1])
-    lines = [json.loads(line) for line in whole[0].splitlines() if line]
-    return {line.get("id", "") for line in lines}
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Check and time compiled candidates.")
     parser.add_argument("mode", choices=("serve", "batch"))
     parser.add_argument("folder", type=Path, nargs="?", default=Path())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as emitted, or cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds per request")
     given = parser.parse_args()
     if given.mode == "serve":
-        serve(given.device)
+        serve(given.device or "cpu")
     else:
         Batch(given.folder, given.device, given.threads, given.timeout).run()
 

@@ -214,21 +214,10 @@ class _Session:
         self._tools.observer.finished(outcome)
 
     def _result(self, default: Measured, found: Sequence[Measured]) -> dict[str, object]:
-        best = max(found, key=lambda each: _gain(default, each))
-        better = _gain(default, best) > MIN_GAIN and best.us < default.us
-        winner = best if better else default
         if self._bandwidth is None:
             self._bandwidth = self._tools.runner.read_gb_per_s()
-        return {
-            "decisions": winner.candidate.decisions,
-            "schedule_hash": winner.candidate.schedule_hash,
-            "default_us": default.us,
-            "tuned_us": winner.us,
-            "max_error": winner.max_error or 0.0,
-            "error_limit": winner.error_limit or 0.0,
-            "nbytes": self._tools.nbytes(winner.candidate.task),
-            "read_gb_per_s": self._bandwidth,
-        }
+        nbytes = self._tools.nbytes(default.candidate.task)
+        return result_fields(default, found, nbytes, self._bandwidth)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -251,6 +240,25 @@ class _Session:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def result_fields(
+    default: Measured, found: Sequence[Measured], nbytes: int, read_gb_per_s: float
+) -> dict[str, object]:
+    """The fields of an `Outcome` that the final comparison decides."""
+    best = max(found, key=lambda each: _gain(default, each))
+    better = _gain(default, best) > MIN_GAIN and best.us < default.us
+    winner = best if better else default
+    return {
+        "decisions": winner.candidate.decisions,
+        "schedule_hash": winner.candidate.schedule_hash,
+        "default_us": default.us,
+        "tuned_us": winner.us,
+        "max_error": winner.max_error or 0.0,
+        "error_limit": winner.error_limit or 0.0,
+        "nbytes": nbytes,
+        "read_gb_per_s": read_gb_per_s,
+    }
 
 
 def _gain(default: Measured, found: Measured) -> float:

@@ -79,11 +79,26 @@ def folder(tmp_path_factory):
     libraries = {name: faulty(path, name, "advance", body) for name, body in bodies.items()}
     libraries |= {"good": Path(library(TINY).origin), "absent": Path("absent.so")}
     candidates = [
-        {"id": name, "library": str(libraries[name]), "case": "cases/advance.pt"}
+        {
+            "id": name,
+            "task": "advance",
+            "decisions": {} if name == "good" else {"changed": 1},
+            "library": str(libraries[name]),
+            "case": "cases/advance.pt",
+        }
         for name in ("good", "crash", "wrong", "absent")
     ]
-    again = [{**candidates[0], "id": "good again"}]
-    (path / "candidates.json").write_text(json.dumps(candidates + again))
+    candidates.append({**candidates[0], "id": "good again", "decisions": {"changed": 1}})
+    names = {each[file] for each in candidates for file in ("library", "case")} - {"absent.so"}
+    content = {
+        "complete": True,
+        "checksum": "0123",
+        "device": "cpu",
+        "rounds": 3,
+        "files": {name: measure.sha256(path / name) for name in names},
+        "candidates": candidates,
+    }
+    (path / "candidates.json").write_text(json.dumps(content))
     return path
 
 
@@ -102,6 +117,11 @@ def run_batch(folder):
 def test_a_batch_isolates_candidates_and_goes_on_where_it_was_cut_off(folder):
     head, *lines = run_batch(folder)
     assert head["device"]["kind"] == "cpu" and head["read_gb_per_s"] > 0
+    *lines, last = lines
+    assert last["task"] == "advance" and not last["failed"]
+    assert {name: len(times) for name, times in last["compared"].items()} == {
+        "good": 3, "good again": 3,
+    }  # fmt: skip
     kinds = {line["id"]: line.get("failure", {}).get("kind") for line in lines}
     assert kinds == {
         "good": None, "crash": "crash", "wrong": "wrong", "absent": "load",
@@ -111,7 +131,8 @@ def test_a_batch_isolates_candidates_and_goes_on_where_it_was_cut_off(folder):
     path = folder / "results.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.rindex(b'{"id": "absent"') + 10])
-    head_again, *rest = run_batch(folder)
+    head_again, *rest, last = run_batch(folder)
+    assert set(last["compared"]) == {"good", "good again"}
     assert head_again == head
     assert [line["id"] for line in rest] == [line["id"] for line in lines]
     assert rest[:3] == lines[:3]
