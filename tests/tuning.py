@@ -68,7 +68,7 @@ class Builder:
 class Runner:
     """Planted times; wrong candidates would be the fastest of all."""
 
-    device, method = DeviceInfo("planted", "cpu", 1), "local"
+    device, method, in_turn = DeviceInfo("planted", "cpu", 1), "local", False
 
     def __init__(self, bad=lambda candidate: None, us=planted_us, after=lambda runner: None):
         self.bad, self.us, self.after = bad, us, after

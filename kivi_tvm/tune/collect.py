@@ -37,6 +37,7 @@ class DetachedRunner:
     """
 
     method = "detached"
+    in_turn = False  # the batch on the device decided that
 
     def __init__(self, header: Json, lines: Sequence[Json]) -> None:
         self.device = DeviceInfo(**header["device"])
@@ -187,7 +188,7 @@ def _collect_task(
         found += [failed.get(m.candidate.schedule_hash, m) for m in runner.measure(built)]
         fields = _fields(task, target, runner, compared, found)
     outcome = _outcome(task, found, fields)
-    if outcome.error is None:
+    if outcome.is_tuned:
         publish(outcome)
     return outcome
 

@@ -112,6 +112,11 @@ class Outcome:
     error: str | None = None
 
     @property
+    def is_tuned(self) -> bool:
+        """Tell whether there is something to publish: not if only the default was tried."""
+        return self.error is None and self.trials > 1
+
+    @property
     def ratio(self) -> float:
         """How many times faster than the default."""
         return self.default_us / self.tuned_us

@@ -179,10 +179,12 @@ class _Session:
     def _timed(self, work: Work, built: Sequence[Built]) -> list[Measured]:
         """Time a batch: on one device in turn with the default, whose time the others' go by."""
         runner = self._tools.runner
+        if not runner.in_turn:
+            return runner.measure(built)
         default = next((each for each in built if not each.candidate.decisions), work.default)
         if default is None and (candidate := work.default_candidate()):
             default = self._tools.builder.submit(candidate).result()
-        if not runner.in_turn or default is None or default.failure:
+        if default is None or default.failure:
             return runner.measure(built)
         work.default = default
         others = [each for each in built if each is not default]
@@ -209,8 +211,8 @@ class _Session:
         default = next((each for each in right if not each.candidate.decisions), None)
         fields = self._result(default, right) if default else {"error": work.why_failed(found)}
         outcome = work.finish(**fields)
-        if outcome.error is None and outcome.trials > 1:
-            self._tools.publish(outcome)  # with nothing but its default a function is not tuned
+        if outcome.is_tuned:
+            self._tools.publish(outcome)
         self._tools.observer.finished(outcome)
 
     def _result(self, default: Measured, found: Sequence[Measured]) -> dict[str, object]:
