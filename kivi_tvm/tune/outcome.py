@@ -140,11 +140,11 @@ class Result:
     def trials_per_minute(self) -> float:
         return 60 * self.new_trials / self.seconds if self.seconds else 0.0
 
-    @property
-    def geometric_mean(self) -> float:
-        """Of the ratios of all tasks that have one; 1 without any."""
-        ratios = [math.log(each.ratio) for each in self.outcomes if each.error is None]
-        return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+
+def geometric_mean(outcomes: Sequence[Outcome]) -> float:
+    """Of the ratios of those that have one; 1 without any."""
+    ratios = [math.log(each.ratio) for each in outcomes if each.error is None]
+    return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
 
 
 class Observer(Protocol):

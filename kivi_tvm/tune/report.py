@@ -12,30 +12,31 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from kivi_tvm.tune.outcome import Options, Outcome, Result
+from kivi_tvm.tune.outcome import Options, Outcome, Result, geometric_mean
+from kivi_tvm.tune.plan import MAIN_FUNCTION
 from kivi_tvm.tune.progress import duration, failures_text, microseconds
 from kivi_tvm.tune.runner import Runner
 
+LOGGED_COLUMNS = 100  # in a file or a pipe, where no width is known
 COLUMNS = ("trials", "space", "default us", "tuned us", "ratio", "of bound")
 
 
 def print_table(result: Result, where: str) -> None:
-    """One line per function on stdout, their geometric mean, and what failed."""
+    """One table per workload on stdout, geometric means, and what failed."""
     console = Console(highlight=False)
-    several = len({each.task.workload for each in result.outcomes}) > 1
-    table = Table(title=_title(result, several), title_justify="left", box=SIMPLE)
-    table.add_column("function", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for outcome in result.outcomes:
-        table.add_row(outcome.task.id if several else outcome.task.function, *_row(outcome))
-    console.print(table)
+    if not console.is_terminal:
+        console.width = max(console.width, LOGGED_COLUMNS)
+    for workload in dict.fromkeys(each.task.workload for each in result.outcomes):
+        table = Table(title=workload.id, title_justify="left", box=SIMPLE)
+        table.add_column("function", no_wrap=True)
+        for column in COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
+        for outcome in result.outcomes:
+            if outcome.task.workload == workload:
+                table.add_row(outcome.task.function, *_row(outcome))
+        console.print(table)
     for line in _lines(result, where):
         console.print(line, markup=False, soft_wrap=True)
-
-
-def _title(result: Result, several: bool) -> str:
-    return "" if several or not result.outcomes else result.outcomes[0].task.workload.id
 
 
 def _row(outcome: Outcome) -> list[str]:
@@ -53,7 +54,7 @@ def _row(outcome: Outcome) -> list[str]:
 
 def _lines(result: Result, where: str) -> list[str]:
     found = [
-        f"geometric mean {result.geometric_mean:.3f}x; {result.new_trials} trials in "
+        f"geometric mean {_means(result)}; {result.new_trials} trials in "
         f"{duration(result.seconds)}, {result.trials_per_minute:.0f} per minute",
         "of bound: time that the bytes of a call take at the measured read bandwidth, of tuned us; "
         "!: every program of the space was tried",
@@ -66,6 +67,12 @@ def _lines(result: Result, where: str) -> list[str]:
     if any(each.error is None for each in result.outcomes):
         found.append(f"published in {where}")
     return found
+
+
+def _means(result: Result) -> str:
+    main = [each for each in result.outcomes if each.task.function == MAIN_FUNCTION]
+    of_main = f"{MAIN_FUNCTION} {geometric_mean(main):.3f}x, " if main else ""
+    return f"{of_main}all {geometric_mean(result.outcomes):.3f}x"
 
 
 def to_json(
@@ -83,7 +90,7 @@ def to_json(
         "new_trials": result.new_trials,
         "seconds": round(result.seconds, 3),
         "trials_per_minute": round(result.trials_per_minute, 2),
-        "geometric_mean": result.geometric_mean,
+        "geometric_mean": geometric_mean(result.outcomes),
         "functions": [_plain(outcome) for outcome in result.outcomes],
     }
 

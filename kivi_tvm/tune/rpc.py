@@ -210,7 +210,7 @@ class RpcRunner:
                 others = f"only {sorted(set(keys))}" if keys else "none at all"
                 raise UserError(
                     f"the tracker {self._host}:{self._port} must have a server of "
-                    f"--rpc-key={self._key!r}, got {others}"
+                    f"--tracker-key={self._key!r}, got {others}"
                 )
             time.sleep(0.5)
 

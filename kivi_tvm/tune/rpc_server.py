@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(prog="kivi_tvm.tune.rpc_server", description=__doc__)
     parser.add_argument("--tracker", required=True, metavar="HOST:PORT")
-    parser.add_argument("--key", required=True, help="what `kivi-tvm tune --rpc-key` asks for")
+    parser.add_argument("--key", required=True, help="what `kivi-tvm tune --tracker-key` asks for")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 9090 on")
     given = parser.parse_args(words)

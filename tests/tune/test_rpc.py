@@ -173,7 +173,7 @@ def test_a_killed_server_costs_nothing(fleet, runner, builder, target):
     with pytest.raises(UserError) as error:
         RpcRunner(HOST, port, "other", target)
     assert str(error.value) == (
-        f"the tracker {HOST}:{port} must have a server of --rpc-key='other', got only ['{KEY}']"
+        f"the tracker {HOST}:{port} must have a server of --tracker-key='other', got only ['{KEY}']"
     )
 
 
