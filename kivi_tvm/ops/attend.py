@@ -24,9 +24,10 @@ from kivi_tvm.ops.online_softmax import (
     start_blocks,
     store_blocks,
 )
+from kivi_tvm.ops.prefetch import prefetch_block
 
 
-def attend(key: KernelKey, chunk_tokens: int | None = None):
+def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "none"):
     """Partial attention of every work item over its split of the packed tokens.
 
     A work item covers `key.split_tokens` tokens of one row.
@@ -37,6 +38,9 @@ def attend(key: KernelKey, chunk_tokens: int | None = None):
     chunk_tokens : int, optional
         Tokens whose scores are held at once: whole pages, a divisor of `key.split_tokens`; default
         `key.chunk_tokens`.
+    prefetch : str
+        What is asked for before a chunk is computed: "none", its "values", or its values and the
+        keys that come "next".
 
     Returns
     -------
@@ -60,6 +64,16 @@ def attend(key: KernelKey, chunk_tokens: int | None = None):
         """2^-shift as float32."""
         return T.reinterpret("float32", (127 - shift) << 23)
 
+    fetch_k = [
+        prefetch_block("fetch_k_code", PAGES, D // W_k, P, 4),
+        prefetch_block("fetch_k_scale", PAGES, N_k, D, 2),
+        prefetch_block("fetch_k_zero", PAGES, N_k, D, 2),
+    ]
+    fetch_v = [
+        prefetch_block("fetch_v_code", PAGES, P // W_v, D, 4),
+        prefetch_block("fetch_v_scale", PAGES, N_v, P, 2),
+        prefetch_block("fetch_v_zero", PAGES, N_v, P, 2),
+    ]
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 
@@ -177,6 +191,21 @@ def attend(key: KernelKey, chunk_tokens: int | None = None):
                                 page[vj] = page_table[
                                     slot, T.min(base // P + vj, (packed - 1) // P)
                                 ]
+                        if prefetch != "none":
+                            fetch_v[0](v_code, lambda j: page[j], vh)
+                            fetch_v[1](v_scale, lambda j: page[j], vh)
+                            fetch_v[2](v_zero, lambda j: page[j], vh)
+                        if prefetch == "next":
+                            # The next chunk, or the first one of the next head.
+                            ends = T.meta_var((vc + 1) * C >= T.min(SPLIT, packed - first))
+                            after = T.meta_var(T.Select(ends, first, base + C))
+                            head = T.meta_var(T.Select(ends, T.min(vh + 1, H_kv - 1), vh))
+                            there = T.meta_var(
+                                lambda j: page_table[slot, T.min(after // P + j, (packed - 1) // P)]
+                            )
+                            fetch_k[0](k_code, there, head)
+                            fetch_k[1](k_scale, there, head)
+                            fetch_k[2](k_zero, there, head)
                         for m, j, g, d in T.grid(M, PAGES, N_k, D):
                             with T.sblock("q_key"):
                                 vm, vj, vg, vd = T.axis.remap("SSSS", [m, j, g, d])

@@ -33,7 +33,10 @@ def offers(key: KernelKey) -> Offers:
     most = min(MAX_CHUNK_TOKENS, MAX_CHUNK_SCORES // key.rows)
     pages = divisors(key.split_tokens // key.page_size, max(1, most // key.page_size))
     options = sorted({key.chunk_tokens, *(n * key.page_size for n in pages)})
-    return {"chunk_tokens": (options, key.chunk_tokens)}
+    return {
+        "chunk_tokens": (options, key.chunk_tokens),
+        "prefetch": (["none", "values", "next"], "none"),
+    }
 
 
 def attend(sch: Schedule, hardware: Hardware) -> None:
