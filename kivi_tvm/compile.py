@@ -9,6 +9,7 @@ from typing import Any
 
 import tvm
 import tvm_ffi
+from tvm.s_tir import renew_defs
 from tvm.target import Target
 
 from kivi_tvm import targets
@@ -51,10 +52,11 @@ class CompiledKernels:
         )
 
 
-def scheduled_function(
-    name: str, key: KernelKey, target: Target, decisions: Mapping[str, Option] | None = None
-) -> GuidedSchedule:
-    """The function `name` of `FUNCTIONS`, made and scheduled for `target`.
+class Scheduler:
+    """Makes and schedules the function `name` of `FUNCTIONS`, with any decisions.
+
+    An operator is parsed once for each way of making it (0.1 to 0.2 s); the schedule's own work
+    takes 20 to 60 ms.
 
     Parameters
     ----------
@@ -62,6 +64,62 @@ def scheduled_function(
     key : KernelKey
         Of the module, also for functions that take several tokens' queries.
     target : Target
+    """
+
+    def __init__(self, name: str, key: KernelKey, target: Target) -> None:
+        self._name = name
+        self._op, extends = FUNCTIONS[name]
+        self._key = replace(key, rows_per_query=key.extend_rows) if extends else key
+        self._hardware = targets.hardware(target)
+        self._offers = offers(self._op, self._hardware, self._key)
+        self._rule = rule(self._op, self._hardware)
+        self._parsed: dict[tuple[Option, ...], Any] = {}
+
+    def begin(self, decisions: Mapping[str, Option]) -> GuidedSchedule:
+        """The function as its factory makes it, not scheduled yet.
+
+        Raises
+        ------
+        ForeignDecisionError
+            A decision for the factory is not among its options.
+        """
+        made = {
+            parameter: decide(parameter, options, default, decisions)
+            for parameter, (options, default) in self._offers.items()
+        }
+        taken = {parameter: choice.taken for parameter, choice in made.items()}
+        way = tuple(taken.values())
+        if way not in self._parsed:
+            function = OPS[self._op](self._key, **taken)
+            self._parsed[way] = function.with_attr("global_symbol", self._name)
+        # A schedule changes blocks in place that it should copy: each gets a function anew.
+        module = tvm.IRModule({self._name: renew_defs(self._parsed[way])})
+        schedule = GuidedSchedule(module, decisions, made)
+        schedule.work_on(self._name)
+        return schedule
+
+    def finish(self, schedule: GuidedSchedule) -> None:
+        """Apply the operator's schedule function to what `begin` returned.
+
+        Raises
+        ------
+        ForeignDecisionError
+            A decision is not among its choice's options.
+        Exception
+            TVM refuses a transformation; several types, InternalError among them.
+        """
+        self._rule(schedule, self._hardware)
+
+
+def scheduled_function(
+    name: str, key: KernelKey, target: Target, decisions: Mapping[str, Option] | None = None
+) -> GuidedSchedule:
+    """The function `name` of `FUNCTIONS`, made and scheduled for `target`.
+
+    Parameters
+    ----------
+    name, key, target
+        As for `Scheduler`.
     decisions : mapping of str to int or str, optional
         Choices made otherwise than by default.
 
@@ -75,18 +133,9 @@ def scheduled_function(
     ValueError
         A decision is not among its choice's options, or no choice has that name.
     """
-    op, extends = FUNCTIONS[name]
-    op_key = replace(key, rows_per_query=key.extend_rows) if extends else key
-    facts = targets.hardware(target)
-    made = {
-        parameter: decide(parameter, options, default, decisions or {})
-        for parameter, (options, default) in offers(op, facts, op_key).items()
-    }
-    function = OPS[op](op_key, **{parameter: choice.taken for parameter, choice in made.items()})
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-    schedule = GuidedSchedule(module, decisions, made)
-    schedule.work_on(name)
-    rule(op, facts)(schedule, facts)
+    scheduler = Scheduler(name, key, target)
+    schedule = scheduler.begin(decisions or {})
+    scheduler.finish(schedule)
     if unused := schedule.unused():
         raise ValueError(f"`decisions` of {name} must be among its choices, got {unused}")
     return schedule
@@ -148,8 +197,8 @@ def compile_kernels(
     key : KernelKey
     target : Target
     found : Found, optional
-        Tuning records of exactly this key and target; a function without one, or whose record is
-        stale, takes its default schedule.
+        Tuning records of exactly this key and target; a function without one, or whose records
+        are stale, takes its default schedule.
     notify : callable
         Receives one line per stale record.
 
@@ -159,24 +208,33 @@ def compile_kernels(
         TVM's code generator fails.
     """
     found = found or Found()
-    tuned = {}
+    tuned: dict[str, GuidedSchedule] = {}
+    used: dict[str, Mapping[str, Any]] = {}
     for name, record in found.records.items():
-        try:
-            tuned[name] = recorded_schedule(record, key, target)
-        except StaleRecord as error:
-            notify(f"the tuning record of {name} ({key.slug}) is stale, default instead: {error}")
+        ways = [(record, found.origins[name])]
+        ways += [(found.spare[name], "package")] if name in found.spare else []
+        for i, (each, origin) in enumerate(ways, 1):
+            try:
+                tuned[name] = recorded_schedule(each, key, target)
+                used[name] = _provenance(each, origin)
+                break
+            except StaleRecord as error:
+                instead = "default" if i == len(ways) else "the package's"
+                notify(
+                    f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
+                )
     executable = tvm.compile(scheduled_module(key, target, tuned), target=target)
     return CompiledKernels(
         key,
         target,
         executable,
         sources={name: "tuned" if name in tuned else "default" for name in FUNCTIONS},
-        tuning={name: _provenance(found, name) for name in tuned},
+        tuning=used,
     )
 
 
-def _provenance(found: Found, name: str) -> dict[str, Any]:
+def _provenance(record: Record, origin: str) -> dict[str, Any]:
     """What the artifact says of a tuned function."""
     fields = ("device", "date", "default_us", "tuned_us")
-    record = found.records[name].to_dict()
-    return {**{each: record[each] for each in fields}, "origin": found.origins[name]}
+    plain = record.to_dict()
+    return {**{each: plain[each] for each in fields}, "origin": origin}

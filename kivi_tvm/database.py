@@ -37,6 +37,8 @@ class Found:
         By function.
     origins : mapping of str to str
         "user" or "package", by function.
+    spare : mapping of str to Record
+        The package's, of functions for which the user has one too: for when that is stale.
     paths : tuple of Path
         The files they come from.
     target_known : bool
@@ -45,6 +47,7 @@ class Found:
 
     records: Mapping[str, Record] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    spare: Mapping[str, Record] = field(default_factory=dict)
     paths: tuple[Path, ...] = ()
     target_known: bool = False
 
@@ -53,8 +56,8 @@ class Found:
         """Of all that a build takes from the records; empty without any."""
         if not self.records:
             return ""
-        content = {name: record.to_dict() for name, record in self.records.items()}
-        return checksum({"records": content, "origins": dict(self.origins)})
+        plain = [{n: r.to_dict() for n, r in held.items()} for held in (self.records, self.spare)]
+        return checksum({"records": plain, "origins": dict(self.origins)})
 
 
 class Pruned(NamedTuple):
@@ -91,7 +94,8 @@ def publish(
 ) -> Path:
     """Add records; a function's new record replaces its old one, all others stay.
 
-    A reader, another publisher and whoever looks after a crash see all of the records or none.
+    A reader, another publisher and whoever looks after a crash see all of the records or none. A
+    file of this kernel key that a newer version wrote is set aside.
 
     Parameters
     ----------
@@ -120,7 +124,8 @@ def publish(
     if problems := record_problems(records):
         raise ValueError("; ".join(problems))
     with files.changing(root, slug(target)) as folder:
-        others = {found.key: found for found in _sound(folder, notify)}
+        written = KernelRecords(target, key, {}).path.name
+        others = {found.key: found for found in _sound(folder, notify, written)}
         old = others.get(key, KernelRecords(target, key, {}))
         merged = replace(old, records={**old.records, **records})
         files.write_records(root, merged)
@@ -144,6 +149,7 @@ def find(target: Mapping[str, Any], key: KernelKey, notify: Notify = announce_on
     """
     records: dict[str, Record] = {}
     origins: dict[str, str] = {}
+    spare: dict[str, Record] = {}
     paths: list[Path] = []
     known = False
     for origin, root in roots().items():
@@ -153,11 +159,12 @@ def find(target: Mapping[str, Any], key: KernelKey, notify: Notify = announce_on
         # Equal names of directories do not make equal targets.
         if found is None or dict(found.target) != dict(target):
             continue
-        if new := {name: r for name, r in found.records.items() if name not in records}:
-            records.update(new)
-            origins.update(dict.fromkeys(new, origin))
-            paths.append(path)
-    return Found(records, origins, tuple(paths), known)
+        new = {name: r for name, r in found.records.items() if name not in records}
+        spare |= {name: r for name, r in found.records.items() if name in records}
+        records.update(new)
+        origins.update(dict.fromkeys(new, origin))
+        paths.append(path)
+    return Found(records, origins, spare, tuple(paths), known)
 
 
 def entries(root: Path, notify: Notify = announce_once) -> list[KernelRecords]:
@@ -183,9 +190,10 @@ def prune(
     problem : callable
         Why a record is to be removed; None for those that stay.
     leftovers : bool
-        Remove `*.corrupt` files.
+        Remove `*.corrupt` files that were set aside before.
     notify : callable
-        Receives one line for each damaged file that is moved aside.
+        Receives one line for each damaged file that is moved aside now, and for each that a newer
+        version wrote, which stays.
 
     Raises
     ------
@@ -195,6 +203,7 @@ def prune(
     removed, deleted = [], []
     for name in sorted({path.parent.name for path in root.glob("[!.]*/database_*")}):
         with files.changing(root, name) as folder:
+            deleted += list(_delete_leftovers(folder)) if leftovers else []
             kept = {}
             for found in _sound(folder, notify):
                 why = {n: text for n, r in found.records.items() if (text := problem(found, r))}
@@ -204,17 +213,22 @@ def prune(
                 if why:
                     files.write_records(root, kept[found.key])
             files.write_manifest(folder, kept.values())
-            deleted += list(_delete_leftovers(folder)) if leftovers else []
     return Pruned(removed, deleted)
 
 
-def _sound(folder: Path, notify: Notify) -> Iterator[KernelRecords]:
-    """The files of a locked folder; what is damaged is moved aside."""
+def _sound(folder: Path, notify: Notify, written: str = "") -> Iterator[KernelRecords]:
+    """The files of a locked folder; what is damaged is moved aside.
+
+    A file of a newer version is left to that version, unless it is the one about to be `written`.
+    """
     for path in sorted(folder.glob("database_*.json")):
         try:
             yield files.read_records(path)
         except DamagedFile as error:
-            notify(f"{files.set_aside(path)} was set aside: {error}")
+            if error.newer and path.name != written:
+                notify(f"tuning records {path} are left as they are: {error}")
+            else:
+                notify(f"{files.set_aside(path)} was set aside: {error}")
 
 
 def _read(path: Path, notify: Notify, repair: bool = False) -> KernelRecords | None:

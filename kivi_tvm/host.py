@@ -1,4 +1,4 @@
-"""What this machine offers to compiled kernels: platform, versions, compiler, TVM's runtime."""
+"""What is here: platform, versions, the checkout's commit, compiler, TVM's runtime."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -62,6 +63,27 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file belongs to, `-dirty` if files changed; else None."""
+    here = Path(__file__).resolve()
+    # A package installed below somebody's repository is not part of it.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, or None where it fails or is missing."""
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def find_cxx() -> str | None:

@@ -49,11 +49,7 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
         raise UserError(
             f"`target` must be one that TVM can generate code for here, got kind {kind!r}"
         )
-    if kind != "llvm":
-        raise UserError(
-            f"`target` must be of kind 'llvm' or 'native', got kind {kind!r}, "
-            "for which there are no schedules yet"
-        )
+    _check_kind(kind)
     native = _native()
     if "mtriple" in found.attrs and _machine(found) != _machine(native):
         raise UserError(
@@ -61,9 +57,21 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
             f"got {_machine(found)}"
         )
     if "mcpu" not in found.attrs:
-        return native
+        return _with_cpu_of(native, found)
     _check_cpu(str(found.attrs["mcpu"]), native)
     return found
+
+
+def check_schedulable(target: Target) -> None:
+    """Refuse a target made by `from_identity` for which no kernel can be scheduled here.
+
+    Raises
+    ------
+    UserError
+        There are no schedules for its kind, or LLVM does not know its processor.
+    """
+    _check_kind(target.kind.name)
+    _check_cpu(str(target.attrs["mcpu"]), target)
 
 
 def identity(target: Target) -> dict[str, Any]:
@@ -131,6 +139,21 @@ def _parse(target: str | Mapping[str, Any]) -> Target:
 
 def _known_names() -> list[str]:
     return ["native", *Target.list_kinds(), *map(str, list_tags())]
+
+
+def _with_cpu_of(native: Target, found: Target) -> Target:
+    """`found` for this machine's processor, with the features that either turns on or off."""
+    here, asked = as_dict(native), as_dict(found)
+    features = [*here.get("mattr", []), *asked.get("mattr", [])]
+    return Target({**here, **asked, **({"mattr": features} if features else {})})
+
+
+def _check_kind(kind: str) -> None:
+    if kind != "llvm":
+        raise UserError(
+            f"`target` must be of kind 'llvm' or 'native', got kind {kind!r}, "
+            "for which there are no schedules yet"
+        )
 
 
 def _check_cpu(name: str, native: Target) -> None:

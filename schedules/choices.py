@@ -29,6 +29,14 @@ class Choice:
     taken: Option
 
 
+class ForeignDecisionError(ValueError):
+    """A decision that is not among the options of the choice `name`."""
+
+    def __init__(self, name: str, options: Sequence[Option], decision: Option) -> None:
+        super().__init__(f"`decision` of {name} must be one of {list(options)}, got {decision!r}")
+        self.name = name
+
+
 class GuidedSchedule(Schedule):
     """A schedule whose choices follow `decisions`; those that it does not name, the default.
 
@@ -71,8 +79,10 @@ def choose(sch: Schedule, name: str, options: Sequence[T], default: T) -> T:
 
     Raises
     ------
+    ForeignDecisionError
+        The decision is not an option.
     ValueError
-        `default` or the decision is not an option, or the name was used before.
+        `default` is not an option, or the name was used before.
     """
     decisions: Mapping[str, Option] = {}
     if isinstance(sch, GuidedSchedule):
@@ -96,11 +106,14 @@ def decide(
 
     Raises
     ------
+    ForeignDecisionError
+        The decision is not an option.
     ValueError
-        `default` or the decision is not an option.
+        `default` is not an option.
     """
+    if default not in options:
+        raise ValueError(f"`default` of {name} must be one of {list(options)}, got {default!r}")
     taken = decisions.get(name, default)
-    for role, value in (("default", default), ("decision", taken)):
-        if value not in options:
-            raise ValueError(f"`{role}` of {name} must be one of {list(options)}, got {value!r}")
+    if taken not in options:
+        raise ForeignDecisionError(name, options, taken)
     return Choice(tuple(options), default, taken)

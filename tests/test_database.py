@@ -225,8 +225,19 @@ def test_a_newer_file_is_left_to_newer_versions(root):
     said = []
     assert not find(TARGET, KEY, said.append).records
     assert "`format_version` must be 1, got 2" in said[0] and (root / FILE).exists()
+    publish(root, TARGET, OTHER_KEY, {"attend": record()}, said.append)
+    database.prune(root, lambda found, record: None, leftovers=True, notify=said.append)
+    assert all("left as they are" in line for line in said[1:3]) and (root / FILE).exists()
     publish(root, TARGET, KEY, {"attend": record()}, said.append)
-    assert "set aside" in said[1] and find(TARGET, KEY).records
+    assert "set aside" in said[3] and find(TARGET, KEY).records
+
+
+def test_pruning_keeps_what_it_sets_aside(root):
+    publish(root, TARGET, KEY, {"attend": record()})
+    (root / FILE).write_text("{")
+    assert database.prune(root, lambda found, record: None, True, print).leftovers == []
+    (aside,) = root.glob("*/*.corrupt")
+    assert aside.read_text() == "{"
 
 
 def test_listing_changes_nothing(root):

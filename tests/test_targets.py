@@ -62,6 +62,15 @@ def test_native_is_named_like_its_fields():
     assert targets.identity(targets.resolve(fields)) == targets.identity(native)
 
 
+def test_features_are_kept_without_a_named_processor():
+    native = targets.resolve("native")
+    assert targets.as_dict(targets.resolve("llvm")) == targets.as_dict(native)
+    found = targets.resolve({"kind": "llvm", "mattr": ["-avx512f"]})
+    assert found.attrs["mcpu"] == native.attrs["mcpu"]
+    assert list(found.attrs["mattr"]) == [*native.attrs.get("mattr", []), "-avx512f"]
+    assert targets.identity(found) != targets.identity(native)
+
+
 def test_a_target_from_its_identity_gives_the_same_schedule():
     from artifacts import CFG
 

@@ -21,6 +21,7 @@ from kivi_tvm.database import Found
 from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.module import Module, build, build_with
 from kivi_tvm.tune.cases.tolerance import RELATIVE_L2
+from kivi_tvm.tune.measure import cache_bytes
 from kivi_tvm.workloads import Inputs, Workload, make_inputs
 
 READ = "read"
@@ -128,7 +129,7 @@ def run(
     """
     dtypes = {name: peers.parse(name)[1] for name in peer_names}
     inputs = make_inputs(w)
-    l3 = harness.l3_bytes()
+    l3 = cache_bytes("cpu")
 
     def copies(nbytes: int) -> int:
         return harness.copies_for(nbytes, state, l3)

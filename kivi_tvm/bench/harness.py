@@ -12,16 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 STATES = ("warm", "cold")
 # Copies must not survive a full turn: four times L3 also defeats a cache that is not strictly LRU.
 COLD_FACTOR = 4
-FALLBACK_L3_BYTES = 32 << 20
 READ_BUFFER_BYTES = 512 << 20
-CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 Call = Callable[[], object]
 
@@ -48,16 +45,6 @@ class Timing:
     def gb_per_s(self, nbytes: int) -> float:
         """Rate at which the median call moves `nbytes`."""
         return nbytes / self.p50_us / 1e3
-
-
-def l3_bytes(root: Path = CPU_CACHE) -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
-    sizes = [0]
-    for path in root.glob("index*/size"):
-        text = path.read_text().strip()
-        unit = {"K": 10, "M": 20}.get(text[-1:], 0)
-        sizes.append(int(text.rstrip("KM")) << unit)
-    return max(sizes) or FALLBACK_L3_BYTES
 
 
 def copies_for(nbytes: int, state: str, cache_bytes: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Protocol
 
 import torch
 
-from kivi_tvm.bench.harness import Timing, l3_bytes
+from kivi_tvm.bench.harness import Timing
 from kivi_tvm.cpu import cpu_name
-from kivi_tvm.host import installed_version
+from kivi_tvm.host import commit, installed_version
+from kivi_tvm.tune.measure import cache_bytes
 
 PACKAGES = ("kivi-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 
@@ -40,7 +40,8 @@ class Environment:
         found = {name: installed_version(name) for name in PACKAGES}
         versions = {name: version for name, version in found.items() if version is not None}
         versions["python"] = platform.python_version()
-        return cls(cpu_name(), torch.get_num_threads(), l3_bytes(), versions, commit())
+        threads, l3_bytes = torch.get_num_threads(), cache_bytes("cpu")
+        return cls(cpu_name(), threads, l3_bytes, versions, commit())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +86,3 @@ def append_jsonl(path: Path, records: Sequence[PlainData]) -> None:
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record.to_dict()) + "\n")
-
-
-def commit() -> str | None:
-    """The commit of the checkout this file belongs to, `-dirty` if files changed; else None."""
-    here = Path(__file__).resolve()
-    # A package installed below somebody's repository is not part of it.
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None where it fails or is missing."""
-    command = ["git", *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

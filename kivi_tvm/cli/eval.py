@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kivi_tvm.cli import COMMANDS
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.errors import UserError
+from kivi_tvm.pictures import check_plot
 
 if TYPE_CHECKING:
     from kivi_tvm.eval.compare import Options, Text
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     compare, report = _import()
     if args.plot:
-        report.check_plot(args.plot)
+        check_plot(args.plot, "bench")
     options = _options(args)
     names, text = _load(args, options)
     from kivi_tvm.notices import announce

@@ -14,6 +14,7 @@ from kivi_tvm.cli import COMMANDS, INTERRUPTED_STATUS
 from kivi_tvm.cli.geometry import add_geometry_options, workloads
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
+from kivi_tvm.notices import announce
 
 if TYPE_CHECKING:
     from kivi_tvm.tune.builder import Builder
@@ -103,8 +104,17 @@ def _check(args: argparse.Namespace, root: Path) -> float | None:
         found.append("`--runner rpc` needs --tracker HOST:PORT and --tracker-key KEY")
     elif args.runner != "rpc" and remote:
         found.append("--tracker and --tracker-key are for `--runner rpc`")
-    elif args.tracker is not None and not re.fullmatch(r".+:\d{1,5}", args.tracker):
-        found.append(f"`--tracker` must be HOST:PORT, got {args.tracker!r}")
+    elif args.runner == "rpc":
+        from kivi_tvm.tune.rpc_client import address
+
+        try:
+            address(args.tracker)
+        except UserError as error:
+            found.append(str(error))
+    if args.emit:
+        given = [args.plot, args.time_budget, args.threads, args.cost_model, args.tracker]
+        names = ("plot", "time-budget", "threads", "cost-model", "tracker")
+        found += [f"`--emit` takes no --{n}" for n, x in zip(names, given) if x is not None]
     if found:
         raise UserError("; ".join(found))
     if args.plot:
@@ -138,7 +148,7 @@ def _check_writable(root: Path) -> None:
 
 def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: float | None) -> int:
     from kivi_tvm import targets
-    from kivi_tvm.bench.record import commit
+    from kivi_tvm.host import commit
     from kivi_tvm.tune import session, start
     from kivi_tvm.tune.builder import Builder
     from kivi_tvm.tune.cost import check_cost_model, default_cost_model
@@ -175,10 +185,16 @@ def _collect(args: argparse.Namespace, root: Path) -> int:
 
 
 def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
+    from kivi_tvm import targets
     from kivi_tvm.tune import start
 
     if args.runner == "rpc":
         return start.rpc_runner(place, args.tracker, args.tracker_key, args.threads)
+    if targets.identity(place.target) != targets.identity(targets.resolve("native")):
+        announce(
+            f"`--target` is not this processor: records of {targets.slug(place.target)} will be "
+            'marked "estimated", by the times of this one'
+        )
     return start.local_runner(place, builder, args.threads)
 
 
@@ -199,10 +215,7 @@ def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:
     for workload in found:
         first = by_key.setdefault(workload.cfg.kernel_key(), workload)
         if first is not workload:
-            raise UserError(
-                f"{first.id} and {workload.id} run the same kernels, which have one record: "
-                "name one of them"
-            )
+            announce(f"{workload.id} runs the kernels of {first.id}, on which they are tuned")
     tasks = [Task(name, workload) for name in wanted for workload in by_key.values()]
     try:
         # The only operator that has nothing to do on a short cache.

@@ -19,7 +19,7 @@ def emit(
     args: argparse.Namespace, root: Path, tasks: list[Task], target: Target, options: Options
 ) -> int:
     """Write the folder and say what to do with it."""
-    from kivi_tvm.bench.record import commit
+    from kivi_tvm.host import commit
     from kivi_tvm.notices import announce
     from kivi_tvm.tune import publish
     from kivi_tvm.tune.emit import emit as write

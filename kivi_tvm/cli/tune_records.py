@@ -11,12 +11,15 @@ from kivi_tvm.target_names import slug
 
 
 def show(root: Path, as_json: bool) -> int:
-    """Print every record below `root` and of the package."""
-    places = {"package": database.package_dir(), str(root): root}
+    """Print every record below `root` and of the package; of the former also whether it holds."""
     found = [
-        _plain(place, each, record)
-        for place, folder in places.items()
-        for each in database.entries(folder)
+        {**_plain(str(root), each, record), "stale": _stale(each, record)}
+        for each in database.entries(root)
+        for record in each.records.values()
+    ]
+    found += [
+        _plain("package", each, record)
+        for each in database.entries(database.package_dir())
         for record in each.records.values()
     ]
     if as_json:
@@ -26,6 +29,15 @@ def show(root: Path, as_json: bool) -> int:
     else:
         print(f"no tuning records in {root} or in the package")
     return 0
+
+
+def _stale(found: database.KernelRecords, record: database.Record) -> str | None:
+    from kivi_tvm.tune.records import stale
+
+    try:
+        return stale(found, record)
+    except ValueError as error:
+        return f"cannot be checked here ({error})"
 
 
 def _plain(place: str, found: database.KernelRecords, record: database.Record) -> dict[str, Any]:
@@ -59,13 +71,16 @@ def _print_table(found: list[dict[str, Any]]) -> None:
                 each["date"][:10],
             )
         console.print(table)
+        for each in records:
+            if each.get("stale"):
+                console.print(f"stale: {each['function']}, {each['stale']}", markup=False)
 
 
 def prune(root: Path, as_json: bool) -> int:
     """Remove records that are no longer used, damaged files and built candidates below `root`."""
-    from kivi_tvm.tune.publish import problem, remove_scratch
+    from kivi_tvm.tune.records import remove_scratch, surely_stale
 
-    pruned = database.prune(root, problem, leftovers=True)
+    pruned = database.prune(root, surely_stale, leftovers=True)
     freed = remove_scratch(root)
     facts = {
         "command": "tune --prune",

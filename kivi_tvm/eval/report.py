@@ -11,8 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from kivi_tvm.errors import UserError
 from kivi_tvm.eval.compare import Options, Outcome
+from kivi_tvm.pictures import save
 
 COLUMNS = ("cache", "perplexity", "change", "top-1", "KL", "B/token", "MB")
 SIMULATED = "*"
@@ -89,25 +89,6 @@ def _row(outcome: Outcome, full: Outcome) -> list[str]:
     ]
 
 
-def check_plot(path: Path) -> None:
-    """Refuse what `plot` could not write: before minutes of measurement.
-
-    Raises
-    ------
-    UserError
-        matplotlib is not installed, does not know the kind of picture, or has nowhere to put it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("`--plot` needs matplotlib: pip install 'kivi-tvm[bench]'") from error
-    kinds = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix[1:].lower() not in kinds:
-        raise UserError(f"`--plot` must end in one of {kinds}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise UserError(f"`--plot` must be in a folder that exists, got {str(path)!r}")
-
-
 def plot(outcomes: Sequence[Outcome], options: Options, model: str, path: Path) -> None:
     """Perplexity over bytes per token, and the divergence of each setting.
 
@@ -126,10 +107,7 @@ def plot(outcomes: Sequence[Outcome], options: Options, model: str, path: Path) 
         f"{model}, {options.dtype}: {options.positions:,} tokens after {options.prompt:,}, "
         f"G={options.group_size}, R={options.residual_length}"
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"`--plot` must be writable, got {str(path)!r} ({error})") from error
+    save(figure, path)
 
 
 def _plot_perplexity(axes: Any, outcomes: Sequence[Outcome]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from kivi_tvm import targets
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.database import Found, find
 from kivi_tvm.notices import announce_once
@@ -13,7 +16,7 @@ from kivi_tvm.target_names import slug
 
 
 def find_records(cfg: KiviConfig, target: Mapping[str, Any]) -> Found:
-    """The records for `cfg` on `target`; the user hears once if only other kernels are tuned.
+    """The records for `cfg` on `target`; the user hears once if there are none.
 
     Parameters
     ----------
@@ -22,8 +25,8 @@ def find_records(cfg: KiviConfig, target: Mapping[str, Any]) -> Found:
         `targets.identity` of the target.
     """
     found = find(target, cfg.kernel_key())
-    if found.target_known and not found.records:
-        command = tune_command(cfg)
+    if not found.records:
+        command = tune_command(cfg, target)
         announce_once(
             f"no tuning record on {slug(target)} for {cfg.kernel_key().slug}: default schedules "
             "are used" + (f"; to tune them: {command}" if command else "")
@@ -31,16 +34,19 @@ def find_records(cfg: KiviConfig, target: Mapping[str, Any]) -> Found:
     return found
 
 
-def tune_command(cfg: KiviConfig) -> str | None:
-    """The command line that tunes the kernels of `cfg` on this machine; None if it has no options.
+def tune_command(cfg: KiviConfig, target: Mapping[str, Any]) -> str | None:
+    """The command line that tunes the kernels of `cfg` for `target`; None if it has no options.
 
     That is so for pages of another size than the default, and for groups of keys and of values that
     differ.
     """
     if cfg.G_k != cfg.G_v or cfg.P != replace(cfg, page_size=None).P:
         return None
+    here = dict(target) == targets.identity(targets.resolve("native"))
+    fields = {name: x for name, x in target.items() if name not in ("machine", "system")}
+    name = "native" if here else shlex.quote(json.dumps(fields))
     return (
-        f"kivi-tvm tune --target native --head-dim {cfg.D} --num-heads {cfg.H} "
+        f"kivi-tvm tune --target {name} --head-dim {cfg.D} --num-heads {cfg.H} "
         f"--num-kv-heads {cfg.H_kv} --bits {cfg.key_bits} {cfg.value_bits} "
         f"--group-size {cfg.G_k} --dtype {cfg.dtype}"
     )

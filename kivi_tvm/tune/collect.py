@@ -128,7 +128,9 @@ def collect(directory: Path, root: Path) -> Collected:
     header, *lines = _results(directory / measure.RESULTS, folder)
     runner = DetachedRunner(header, lines)
     options = Options(folder.trials, seed=folder.seed, rounds=folder.rounds)
-    publish = publisher(root, target, options, runner, folder.commit)
+    # Compiled here, called there.
+    there = {"tvm_ffi": header["versions"].get("apache-tvm-ffi") or "unknown"}
+    publish = publisher(root, target, options, runner, folder.commit, there)
     outcomes = [_collect_task(each, target, runner, options, publish) for each in folder.tasks]
     measured = sum("id" in line for line in lines)
     seconds = float(sum(line["seconds"] for line in lines))

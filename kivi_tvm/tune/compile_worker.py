@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+END_CHARS = 300  # of both ends of a compiler's message
 NICENESS = 10  # measuring and whoever else uses the machine come first
 
 
@@ -39,9 +40,14 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         kind = "build"
         _export(module, target, Path(request["path"]))
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return {"failure": {"kind": kind, "message": f"{type(error).__name__}: {lines[-1]}"}}
+        return {"failure": {"kind": kind, "message": f"{type(error).__name__}: {_ends(error)}"}}
     return {"seconds": time.perf_counter() - start}
+
+
+def _ends(error: Exception) -> str:
+    """How a message begins and ends: a linker's reason is above its command, TVM's at the end."""
+    text = str(error).strip()
+    return text if len(text) <= 2 * END_CHARS else f"{text[:END_CHARS]} ... {text[-END_CHARS:]}"
 
 
 def _scheduled(request: dict[str, Any]) -> tuple[Any, Any]:

@@ -14,20 +14,19 @@ from typing import Any
 from tvm.target import Target
 
 from kivi_tvm import targets
-from kivi_tvm.cache_key import CODE_SOURCES, sources_digest
+from kivi_tvm.cache_key import sources_digest
 from kivi_tvm.database_files import replace_text
 from kivi_tvm.errors import UserError
 from kivi_tvm.manifest import current_versions
 from kivi_tvm.ops import FUNCTIONS
 from kivi_tvm.tune.candidate import Candidate, Failure, Task
+from kivi_tvm.tune.cases import CASE_SOURCES
 from kivi_tvm.tune.space import Size
 from kivi_tvm.tuning_record import checksum, json_text
 from kivi_tvm.workloads import Workload
 
 FORMAT_VERSION = 1
 CONTENT = "candidates.json"
-# What decides a candidate's code, its arguments and the results that are expected of it.
-SOURCES = (*CODE_SOURCES, "reference", "workloads.py", "tune/cases", "tune/pools.py")
 Json = dict[str, Any]
 
 
@@ -140,7 +139,7 @@ def facts(target: Target) -> Json:
     return {
         "target": targets.as_dict(target),
         "versions": {name: versions[name] for name in ("kivi_tvm", "tvm")},
-        "sources": sources_digest(names=SOURCES),
+        "sources": sources_digest(names=CASE_SOURCES),
     }
 
 

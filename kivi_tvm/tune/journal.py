@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -131,16 +132,28 @@ class Journals:
     def open(self, task: Task) -> Journal:
         """The journal of a task with its finished trials.
 
-        While another process writes to it, this one gets a file of its own.
+        While another process writes to it, this one gets a file of its own, which later runs read.
         """
         name = f"{task.function}-{task.workload.id}"
         try:
             journal = self._lock(name)
             journal.trials = self._read(journal.path, self._header(task))
+            journal.trials += self._beside(journal, name, self._header(task))
         except OSError as error:
             raise _unwritable(self._directory, error) from error
         self._open.append(journal)
         return journal
+
+    def _beside(self, journal: Journal, name: str, header: Mapping[str, Any]) -> list[Trial]:
+        """What processes that ran at the same time found, as far as `journal` does not have it."""
+        known = {trial.schedule_hash for trial in journal.trials}
+        found: dict[str, Trial] = {}
+        for path in sorted(self._directory.glob(f"{name}*.jsonl")):
+            if path.name != journal.path.name and re.fullmatch(r"(\.\d+)?", path.stem[len(name) :]):
+                first, *lines = path.read_text(errors="replace").splitlines() or [""]
+                if not _differences(first, header):
+                    found |= {trial.schedule_hash: trial for trial in _parse(lines)}
+        return [trial for digest, trial in found.items() if digest and digest not in known]
 
     def _lock(self, name: str) -> Journal:
         """The first file of this name that no other process writes to."""

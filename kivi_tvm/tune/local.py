@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +56,7 @@ class LocalRunner:
         self._loaded: Task | None = None
         self._worker: Worker | None = None
         self._guard = Guard()
+        self._guard.add_folder(self._folder)
         self.device = DeviceInfo(**self._ask({"do": "device"}))
 
     def measure(self, built: Sequence[Built]) -> list[Measured]:
@@ -81,17 +82,16 @@ class LocalRunner:
                 self._load(built[0].candidate.task)
                 with self._quiet():
                     request = {"do": "compare", "libraries": libraries, "rounds": rounds}
-                    answer = self._ask(request, self._timeout_s * (1 + rounds))
+                    answer = self._ask(request)
             except WorkerFailed as error:
-                culprit = left[error.at or 0]
-                found[culprit] = Measured(
-                    built[culprit].candidate, failure=Failure(error.kind, str(error))
-                )
-                continue
-            return [
-                self._with_times(found[i], answer, left.index(i)) if i in left else found[i]
-                for i in range(len(found))
-            ]
+                failure = {"kind": error.kind, "message": str(error)}
+                answer = {"failure": failure, "culprit": error.at or 0}
+            if "failure" not in answer:
+                for i, times in zip(left, answer["times_us"]):
+                    found[i] = replace(found[i], times_us=tuple(times))
+                return found
+            at = left[answer["culprit"]]
+            found[at] = Measured(built[at].candidate, failure=Failure(**answer["failure"]))
         return found
 
     def read_gb_per_s(self) -> float:
@@ -105,7 +105,6 @@ class LocalRunner:
             self._worker.close()
             self._worker = None
         self._guard.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +123,7 @@ class LocalRunner:
             return Measured(built.candidate, failure=Failure(error.kind, str(error)))
         if "failure" in answer:
             return Measured(built.candidate, failure=Failure(**answer["failure"]))
-        return self._with_times(found, {"times_us": [answer["times_us"]]}, 0)
+        return replace(found, times_us=tuple(answer["times_us"]))
 
     def _check(self, built: Built) -> Measured:
         """The candidate without times, its error or its failure."""
@@ -140,13 +139,6 @@ class LocalRunner:
         if "failure" in answer:
             return Measured(built.candidate, failure=Failure(**answer["failure"]))
         return Measured(built.candidate, (), answer["max_error"], answer["error_limit"])
-
-    @staticmethod
-    def _with_times(found: Measured, answer: Json, number: int) -> Measured:
-        if "failure" in answer:
-            return Measured(found.candidate, failure=Failure(**answer["failure"]))
-        times = tuple(answer["times_us"][number])
-        return Measured(found.candidate, times, found.max_error, found.error_limit)
 
     def _load(self, task: Task) -> Json:
         """Make the worker hold the task's case."""

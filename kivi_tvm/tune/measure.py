@@ -11,7 +11,8 @@ Requests of `serve`; every answer but `{"at": i}` ends one, a failure is
     {"do": "check", "library": PATH}         -> {"max_error", "error_limit"}
     {"do": "time", "library": PATH}          -> {"times_us": [...]}
     {"do": "compare", "libraries": [PATH, ...], "rounds": n}
-                                             -> {"at": i} ..., {"times_us": [[...], ...]}
+                                             -> {"at": i} ..., {"times_us": [[...], ...]}, or
+                                                {"failure", "culprit": i}
     {"do": "bandwidth"}                      -> {"gb_per_s"}
 
 `candidates.json` is `{"complete", "checksum", "device", "rounds", "files": {FILE: SHA-256},
@@ -458,6 +459,7 @@ class Session:
         self.device = device
         self.case: Json = {}
         self.timed: list[TimedCall] = []
+        self.running = 0  # of a comparison's candidates
         for suffix in ("", "_cuda") if device == "cuda" else ("",):
             ctypes.CDLL(str(runtime_library(suffix)), mode=os.RTLD_GLOBAL)
 
@@ -465,9 +467,7 @@ class Session:
         """The answer to one request."""
         try:
             if request["do"] == "compare":
-                kernels = [self._kernel(path) for path in request["libraries"]]
-                times = compare_kernels(self._calls(), kernels, request["rounds"], at)
-                return {"times_us": times}
+                return self._compare(request, at)
             found: Json = getattr(self, f"do_{request['do']}")(request)
             return found
         except Wrong as error:
@@ -476,6 +476,23 @@ class Session:
             return _failure("load", str(error))
         except Exception as error:
             return _failure("crash", f"{type(error).__name__}: {error}")
+
+    def _compare(self, request: Json, at: Callable[[int], None]) -> Json:
+        """The samples of every library, or a failure and which of them it is of."""
+
+        def begin(i: int) -> None:
+            self.running = i
+            at(i)
+
+        kernels = []
+        try:
+            for self.running, path in enumerate(request["libraries"]):
+                kernels.append(self._kernel(path))
+            return {"times_us": compare_kernels(self._calls(), kernels, request["rounds"], begin)}
+        except Exception as error:
+            kind = "load" if isinstance(error, OSError) else "crash"
+            found = _failure(kind, f"{type(error).__name__}: {error}")
+            return found | {"culprit": self.running}
 
     def do_device(self, request: Json) -> Json:
         return {"name": device_name(self.device), "kind": self.device, "threads": _threads()}
@@ -592,7 +609,8 @@ class Worker:
         ----------
         request : dict
         timeout_s : float or callable
-            Seconds; or what gives the seconds that are left, asked again and again.
+            Seconds, counted anew when a comparison goes on; or what gives the seconds that are
+            left, asked again and again.
 
         Raises
         ------
@@ -622,7 +640,7 @@ class Worker:
             answer: Json = json.loads(line)
             if "at" not in answer:
                 return answer
-            at = answer["at"]
+            start, at = time.monotonic(), answer["at"]
         raise self._failed("timeout" if left() <= 0 else "crash", at)
 
     def _lines(self, left: Callable[[], float]) -> Iterator[bytes]:
@@ -794,16 +812,13 @@ class Batch:
             request = {"do": "compare", "libraries": libraries, "rounds": rounds}
             try:
                 self._load(left[0]["case"])
-                answer = self._ask(request, self.timeout_s * (1 + rounds))
+                answer = self._ask(request)
             except WorkerFailed as error:
-                culprit = left.pop(error.at or 0)
-                failed |= {culprit["id"]: _failure(error.kind, str(error))["failure"]}
-                continue
-            if "failure" in answer:
-                failed |= {each["id"]: answer["failure"] for each in left}
-            else:
+                answer = _failure(error.kind, str(error)) | {"culprit": error.at or 0}
+            if "failure" not in answer:
                 compared = {e["id"]: times for e, times in zip(left, answer["times_us"])}
-            break
+                break
+            failed[left.pop(answer["culprit"])["id"]] = answer["failure"]
         return {"task": found[0][0]["task"], "compared": compared, "failed": failed}
 
     def _load(self, case: str) -> Json:
@@ -925,7 +940,10 @@ def main() -> None:
     if given.mode == "serve":
         serve(given.device or "cpu")
     else:
-        Batch(given.folder, given.device, given.threads, given.timeout).run()
+        try:
+            Batch(given.folder, given.device, given.threads, given.timeout).run()
+        except WorkerFailed as error:
+            raise SystemExit(f"nothing can be measured here: {error}") from error
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _lines(result: Result, where: str) -> list[str]:
     found += [f"{x.task.id}: no result: {x.error}" for x in result.outcomes if x.error is not None]
     if result.stopped:
         found.append(f"{result.stopped}; the same command again goes on")
-    if any(each.error is None for each in result.outcomes):
+    if any(each.is_tuned for each in result.outcomes):
         found.append(f"published in {where}")
     return found
 
@@ -85,7 +85,7 @@ def to_json(
         "device": asdict(runner.device),
         "runner": runner.method,
         "options": asdict(options),
-        "published_in": where,
+        "published_in": where if any(each.is_tuned for each in result.outcomes) else None,
         "stopped": result.stopped or None,
         "new_trials": result.new_trials,
         "seconds": round(result.seconds, 3),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import shutil
 import sys
 import tempfile
 import time
@@ -78,6 +77,7 @@ class RpcRunner:
         options += ["--session-timeout", str(session_timeout)]
         command = [sys.executable, "-P", "-m", "kivi_tvm.tune.rpc_worker"]
         self._guard = Guard()
+        self._guard.add_folder(self._folder)
         self._clients: queue.SimpleQueue[Client] = queue.SimpleQueue()
         self._all = [
             Client([*command, host, str(port), key, *options], self._guard) for _ in range(count)
@@ -124,7 +124,9 @@ class RpcRunner:
                 for i, times in zip(left, answer["times_us"]):
                     found[i] = _measured(built[i], _error_of(found[i]) | {"times_us": times})
                 return found
-            culprit = left[answer.get("culprit", 0)]
+            if "culprit" not in answer:
+                raise self._unusable(answer)
+            culprit = left[answer["culprit"]]
             found[culprit] = _measured(built[culprit], answer)
         return found
 
@@ -140,7 +142,6 @@ class RpcRunner:
             client.close()
         self._guard.close()
         self._pool.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -176,11 +177,14 @@ class RpcRunner:
     def _must(self, request: Json) -> Json:
         answer = self._ask(request, None, self._timeout_s)
         if "failure" in answer:
-            raise UserError(
-                f"the servers of key {self._key!r} at {self._host}:{self._port} cannot be used: "
-                f"{answer['failure']['message']}"
-            )
+            raise self._unusable(answer)
         return answer
+
+    def _unusable(self, answer: Json) -> UserError:
+        return UserError(
+            f"the servers of key {self._key!r} at {self._host}:{self._port} cannot be used: "
+            f"{answer['failure']['message']}"
+        )
 
     def _ask_device(self, kind: str) -> DeviceInfo:
         try:

@@ -24,7 +24,7 @@ from kivi_tvm.tune.measure import FORMAT, Wrong
 from kivi_tvm.tune.rpc_remote import Remote, copy_gb_per_s, read_gb_per_s
 
 # In the errors of a connection that ended, in TVM's C++ and Python.
-CONNECTION_WORDS = ("SockChannel", "Socket", "RPC", "connection", "Connection")
+CONNECTION_WORDS = ("SockChannel", "Socket", "RPC", "connect", "Connect")
 Json = dict[str, Any]
 
 
@@ -34,17 +34,18 @@ class Servers:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.case: Json = {}
-        self.running = 0  # of a comparison's candidates
+        self.running: int | None = None  # of a comparison's candidates
 
     def answer(self, request: Json) -> Json:
         """The answer to one request."""
+        self.running = None
         try:
             found: Json = getattr(self, f"do_{request['do']}")(request)
             return found
         except Wrong as error:
             return _failure("wrong", str(error))
         except Exception as error:
-            return _blame(error) | {"culprit": self.running}
+            return _blame(error) | ({} if self.running is None else {"culprit": self.running})
 
     def do_load(self, request: Json) -> Json:
         self.case = torch.load(request["case"], weights_only=True)
@@ -73,7 +74,9 @@ class Servers:
         libraries, rounds = request["libraries"], request["rounds"]
         samples: list[list[float]] = [[] for _ in libraries]
         with self.session(1 + rounds * len(libraries)) as remote:
-            modules = [remote.load(library, i) for i, library in enumerate(libraries)]
+            modules = []
+            for self.running, library in enumerate(libraries):
+                modules.append(remote.load(library, self.running))
             arguments = self._timed(remote)
             for number in range(rounds):
                 for i in range(len(modules))[:: -1 if number % 2 else 1]:

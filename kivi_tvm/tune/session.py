@@ -166,7 +166,7 @@ class _Session:
         measured = [Measured(b.candidate, failure=b.failure) for b in built if b.failure]
         measured += self._timed(batch.work, ready) if ready else []
         if self._stopped:
-            # Ctrl-C reaches child processes too: a crash now says nothing about the candidate.
+            # Some job managers interrupt every process: a crash now says nothing of the candidate.
             measured = [m for m in measured if not m.failure or m.failure.kind != "crash"]
         order = {each.candidate.schedule_hash: i for i, each in enumerate(built)}
         measured.sort(key=lambda each: order[each.candidate.schedule_hash])
@@ -229,7 +229,7 @@ class _Session:
             return
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self._stopped:
+            if self._stopped == INTERRUPTED:
                 raise KeyboardInterrupt
             self._stopped = INTERRUPTED
             self._tools.observer.say(

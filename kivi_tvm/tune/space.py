@@ -6,21 +6,14 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import islice
 from statistics import fmean
-from typing import Any
 
-import tvm
-from tvm.s_tir import renew_defs
 from tvm.target import Target
 
-from kivi_tvm import targets
-from kivi_tvm.compile import schedule_hash
+from kivi_tvm.compile import Scheduler, schedule_hash
 from kivi_tvm.config import KernelKey
-from kivi_tvm.ops import FUNCTIONS, OPS
-from kivi_tvm.schedules import offers, rule
-from kivi_tvm.schedules.choices import Choice, GuidedSchedule, Option, decide
+from kivi_tvm.schedules.choices import Choice, ForeignDecisionError, Option
 
 Decisions = Mapping[str, Option]
 # Rounds in which draws may make further choices appear; schedules branch once or twice.
@@ -73,48 +66,30 @@ Explore = Callable[[Decisions], Point]
 def explorer(name: str, key: KernelKey, target: Target) -> Explore:
     """What makes and schedules the function `name` of `FUNCTIONS` with given decisions.
 
-    An operator is parsed once for each way of making it (0.1 to 0.2 s); a run costs 20 to 60 ms.
     Unlike `compile.scheduled_function` it tells what a failing schedule had offered, and takes
     decisions that are not offered as the default.
     """
-    op, extends = FUNCTIONS[name]
-    op_key = replace(key, rows_per_query=key.extend_rows) if extends else key
-    facts = targets.hardware(target)
-    offered, apply = offers(op, facts, op_key), rule(op, facts)
-
-    @cache
-    def parsed(made: tuple[tuple[str, Option], ...]) -> Any:
-        return OPS[op](op_key, **dict(made)).with_attr("global_symbol", name)
+    scheduler = Scheduler(name, key, target)
 
     def run(decisions: Decisions) -> Point:
-        choices = {}
+        schedule = scheduler.begin(decisions)
         try:
-            for parameter, (options, default) in offered.items():
-                choices[parameter] = decide(parameter, options, default, decisions)
-            made = tuple((parameter, choice.taken) for parameter, choice in choices.items())
-            # A schedule changes blocks in place that it should copy: each gets a function anew.
-            module = tvm.IRModule({name: renew_defs(parsed(made))})
-            schedule = GuidedSchedule(module, decisions, choices)
-            choices = schedule.choices
-            schedule.work_on(name)
-            apply(schedule, facts)
+            scheduler.finish(schedule)
+        except ForeignDecisionError:
+            raise
         except Exception as error:  # TVM raises several types, InternalError among them
-            return Point(dict(decisions), choices, "", _reason(error))
-        return Point(dict(decisions), choices, schedule_hash(name, schedule))
+            return Point(dict(decisions), schedule.choices, "", _reason(error))
+        return Point(dict(decisions), schedule.choices, schedule_hash(name, schedule))
 
-    return lambda decisions: _with_known_options(run, decisions)
+    def explore(decisions: Decisions) -> Point:
+        known = dict(decisions)
+        while True:
+            try:
+                return run(known)
+            except ForeignDecisionError as error:
+                del known[error.name]
 
-
-def _with_known_options(run: Explore, decisions: Decisions) -> Point:
-    """Run without the decisions that are not among the options: what `decide` says of them."""
-    asked = dict(decisions)
-    while True:
-        point = run(asked)
-        said = point.failure or ""
-        foreign = [x for x in asked if f"`decision` of {x} must be one of" in said]
-        if not foreign:
-            return point
-        del asked[foreign[0]]
+    return explore
 
 
 def _reason(error: Exception) -> str:

@@ -66,9 +66,9 @@ def local_runner(place: Place, builder: Builder, threads: int | None) -> Runner:
 def rpc_runner(place: Place, tracker: str, key: str, threads: int | None) -> Runner:
     """The servers of a tracker `HOST:PORT`."""
     from kivi_tvm.tune.rpc import RpcRunner
+    from kivi_tvm.tune.rpc_client import address
 
-    host, _, port = tracker.rpartition(":")
-    return RpcRunner(host, int(port), key, place.target, threads)
+    return RpcRunner(*address(tracker), key, place.target, threads)
 
 
 def tools(

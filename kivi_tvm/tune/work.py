@@ -12,6 +12,8 @@ from kivi_tvm.tune.plan import Need
 from kivi_tvm.tune.search import Search
 
 FINALISTS = 5  # candidates that are compared with the default at the end
+# Failures that are the candidate's own; others may have been the machine's and are tried again.
+LASTING_FAILURES = ("schedule", "wrong")
 # After this many trials without a single success a task is given up.
 HOPELESS_TRIALS = 16
 
@@ -35,6 +37,8 @@ class Work:
         self._reported = 0
         self._proposed = 0
         for trial in journal.trials:
+            if trial.failure and trial.failure.kind not in LASTING_FAILURES:
+                continue
             if not trial.schedule_hash:
                 self._search.tell_unschedulable(trial.decisions)
             self._count(trial)
@@ -51,7 +55,7 @@ class Work:
     def is_open(self) -> bool:
         """Tell whether further trials make sense."""
         hopeless = self.progress.done >= HOPELESS_TRIALS and not self._best
-        return not (self.is_exhausted or hopeless)
+        return not (self.is_exhausted or hopeless or self._default_failure)
 
     @property
     def need(self) -> Need:
@@ -116,7 +120,7 @@ class Work:
             progress.done,
             dict(progress.failures),
             progress.size,
-            self.is_exhausted,
+            self.is_exhausted and progress.done >= self._proposed,
             tuple(progress.curve),
             **fields,  # type: ignore[arg-type]
         )

@@ -64,14 +64,6 @@ def test_errors_name_argument_rule_and_value():
         harness.interleave({}, rounds=0)
 
 
-def test_l3_is_the_largest_cache(tmp_path):
-    for index, size in enumerate(["32K", "1024K", "32M"]):
-        (tmp_path / f"index{index}").mkdir()
-        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-    assert harness.l3_bytes(tmp_path) == 32 << 20
-    assert harness.l3_bytes(tmp_path / "none") == harness.FALLBACK_L3_BYTES
-
-
 def test_read_case_reads():
     (call,) = harness.read_case(4096)
     assert call() == 1024

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from kivi_tvm import host
 from kivi_tvm.bench import record, report
 from kivi_tvm.bench.harness import Timing
 
@@ -61,4 +62,4 @@ def test_plot_is_a_picture(tmp_path, records):
 
 
 def test_commit_is_none_outside_a_checkout(tmp_path):
-    assert record._git(tmp_path, "ls-files", "--error-unmatch", "x") is None
+    assert host._git(tmp_path, "ls-files", "--error-unmatch", "x") is None

@@ -41,6 +41,11 @@ def tune(folder, *arguments, **variables):
         (["--time-budget", "soon"], ["such as 90s, 10m or 1h, got 'soon'"]),
         (["--runner", "rpc"], ["`--runner rpc` needs --tracker HOST:PORT and --tracker-key"]),
         (["--tracker", "localhost:9190"], ["are for `--runner rpc`"]),
+        (
+            ["--runner", "rpc", "--tracker", "localhost:99999", "--tracker-key", "x"],
+            ["`--tracker` must be HOST:PORT, got 'localhost:99999'"],
+        ),
+        (["--emit", "there", "--plot", "x.png"], ["`--emit` takes no --plot"]),
         (["--plot", "curves.doc"], ["`--plot` must end in one of"]),
         (["--plot", "absent/curves.png"], ["`--plot` must be in a folder that exists"]),
     ],
@@ -123,6 +128,7 @@ def test_tune_resume_list_and_prune(tmp_path, capfd):
     assert [(each["function"], each["kind"], each["trials"]) for each in mine] == [
         ("fill_window", "measured", 3)
     ]
+    assert mine[0]["stale"] is None
 
     (database,) = logs.glob("*/database_*.json")
     database.with_name("database_old.json.corrupt").write_text("")

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import tvm
 from configurations import CONFIGS, FEW, config_id, library, with_window
 from inputs import ATTENDED_DATA, draw, strided
 from ops.partials import Partials
-from pools import Pool
+from pools import Pool, assert_same_bits
 from tolerance import FLAT_FLOAT32
+
+from kivi_tvm import targets
+from kivi_tvm.compile import scheduled_function
 
 NAMES = ("k_code", "k_scale", "k_zero", "v_code", "v_scale", "v_zero", "table", "state", "slots")
 
@@ -74,6 +78,26 @@ def test_odd_packed_counts(cfg, packed):
 @pytest.mark.parametrize("scale", [0.0, 0.01, -0.05])
 def test_any_softmax_scale(cfg, scale):
     check(cfg, [cfg.R + 200], scale=scale)
+
+
+@pytest.mark.parametrize("prefetch", ["values", "next"])
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_prefetching_changes_no_bit(cfg, prefetch):
+    """The hints may reach beyond a row's last page and the last head: that must be harmless."""
+    lengths = [cfg.R + cfg.kernel_key().split_tokens + 63, cfg.R + 1]
+    inputs = draw(cfg, max(lengths), lengths)
+    pool = Pool(cfg, lengths)
+    pool.store_keys(inputs.k)
+    pool.store_values(inputs.v)
+    work = work_items(pool, cfg.kernel_key().split_tokens)
+    plain = attended(cfg, pool, inputs.q[0], cfg.D**-0.5, work)
+    target = targets.resolve("native")
+    schedule = scheduled_function("attend", cfg.kernel_key(), target, {"prefetch": prefetch})
+    kernel = tvm.compile(schedule.mod, target=target)["attend"]
+    found = Partials(cfg, len(lengths), int(work[:, 1].max()) + 3)
+    kernel(*pool.args(*NAMES), work, inputs.q[0], cfg.D**-0.5, *found.args)
+    for mine, theirs in zip(found.args, plain.args, strict=True):
+        assert_same_bits(mine, theirs)
 
 
 @pytest.mark.parametrize("cfg", FEW, ids=config_id)

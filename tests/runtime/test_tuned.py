@@ -1,5 +1,6 @@
 """Tuning records in builds: used for exactly their target, announced when stale or missing."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -122,7 +123,7 @@ def test_build_uses_records_of_exactly_its_target(good, native, root, capfd, tmp
     publish(root, {**identity, "mcpu": "generic"}, KEY, {"combine": good})
     first = build(CFG)
     assert first.manifest["sources"] == dict.fromkeys(SOME, "default")
-    assert "no tuning record" not in capfd.readouterr().err
+    assert f"no tuning record on {targets.slug(native)} for" in capfd.readouterr().err
     publish(root, identity, KEY, {"combine": good})
     second = build(CFG)
     assert second.source == "compiled" and build(CFG).source == "cache"
@@ -135,9 +136,6 @@ def test_build_uses_records_of_exactly_its_target(good, native, root, capfd, tmp
 
 def test_a_kernel_that_is_not_tuned_is_announced_once(good, native, root, capsys):
     identity = targets.identity(native)
-    assert not tuned.find_records(CFG, identity).records
-    assert capsys.readouterr().err == ""
-    publish(root, identity, OTHER_KEY, {"combine": good})
     for _ in range(2):
         assert not tuned.find_records(CFG, identity).records
     (line,) = capsys.readouterr().err.splitlines()
@@ -150,7 +148,27 @@ def test_a_kernel_that_is_not_tuned_is_announced_once(good, native, root, capsys
 
 @pytest.mark.parametrize("change", [{"page_size": 64}, {"key_group_size": 64}], ids=str)
 def test_no_command_is_given_for_what_it_cannot_express(change):
-    assert tuned.tune_command(replace(CFG, **change)) is None
+    assert tuned.tune_command(replace(CFG, **change), {}) is None
+
+
+def test_the_command_names_another_target(native):
+    fields = {**targets.identity(native), "mcpu": "x86-64-v3"}
+    command = shlex.split(tuned.tune_command(CFG, fields))
+    given = command[command.index("--target") + 1]
+    assert targets.identity(targets.resolve(given)) == fields
+
+
+def test_a_stale_record_of_the_user_does_not_hide_the_package_s(
+    good, native, root, uncompiled, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(database, "package_dir", lambda: tmp_path / "package")
+    identity = targets.identity(native)
+    publish(tmp_path / "package", identity, KEY, {"combine": good})
+    publish(root, identity, KEY, {"combine": changed(good, schedule_hash="0" * 16)})
+    made = compile_kernels(KEY, native, tuned.find_records(CFG, identity))
+    assert made.sources["combine"] == "tuned" and made.tuning["combine"]["origin"] == "package"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stale, the package's instead" in line
 
 
 def test_the_cache_name_follows_the_records(good):

@@ -88,6 +88,24 @@ def test_a_candidate_that_crashes_while_it_is_compared(runner, tmp_path):
     assert [x.failure and x.failure.kind for x in found] == [None, "crash", None]
 
 
+def test_a_candidate_that_raises_while_it_is_compared_fails_alone(runner, tmp_path):
+    body = (
+        "extern void TVMFFIErrorSetRaisedFromCStr(const char*, const char*); "
+        'TVMFFIErrorSetRaisedFromCStr("RuntimeError", "out of workspace"); return -1'
+    )
+    late = built(Task("dequantize_key", TINY), faulty(tmp_path, "raises", "dequantize_key", body))
+    good = built(Task("dequantize_key", TINY))
+    check = runner._check
+    runner._check = lambda each: check(good)
+    try:
+        found = runner.compare([good, late, good], rounds=3)
+    finally:
+        runner._check = check
+    assert [x.failure and x.failure.kind for x in found] == [None, "crash", None]
+    assert "out of workspace" in found[1].failure.message
+    assert all(len(x.times_us) == 3 for x in (found[0], found[2]))
+
+
 def test_bandwidth_and_device(runner):
     assert runner.read_gb_per_s() > 0.5
     assert runner.device.kind == "cpu" and runner.device.threads >= 1 and runner.method == "local"

@@ -64,6 +64,14 @@ def test_the_slower_kernel_is_found():
     assert max(fast) < min(slow)
 
 
+def test_the_last_cache_is_the_largest(tmp_path):
+    for index, size in enumerate(["32K", "1024K", "32M"]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert measure.cache_bytes("cpu", tmp_path) == 32 << 20
+    assert measure.cache_bytes("cpu", tmp_path / "none") == measure.FALLBACK_CACHE_BYTES
+
+
 def test_relative_l2_of_nothing_but_zeros_is_the_error():
     assert measure.relative_l2(torch.zeros(2), torch.zeros(2)) == 0
     assert measure.relative_l2(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from kivi_tvm.tune.builder import Builder
 from kivi_tvm.tune.candidate import Built, Candidate, Task
 from kivi_tvm.tune.rpc import RpcRunner
 from kivi_tvm.tune.rpc_client import address, server_keys
+from kivi_tvm.tune.rpc_worker import Servers
 from kivi_tvm.workloads import Workload
 
 HOST, KEY = "127.0.0.1", "board"
@@ -175,6 +177,14 @@ def test_a_killed_server_costs_nothing(fleet, runner, builder, target):
     assert str(error.value) == (
         f"the tracker {HOST}:{port} must have a server of --tracker-key='other', got only ['{KEY}']"
     )
+
+
+def test_a_tracker_that_ended_is_no_fault_of_a_candidate():
+    given = argparse.Namespace(host=HOST, port=free_port(), key=KEY, session_timeout=1.0)
+    servers = Servers(given)
+    servers.running = 5  # of a comparison before
+    answer = servers.answer({"do": "compare", "libraries": ["a", "b"], "rounds": 3})
+    assert answer["lost"] and "culprit" not in answer and "connect" in str(answer["failure"])
 
 
 def test_unreachable_tracker(target):

@@ -125,7 +125,7 @@ def test_nothing_works(tmp_path):
     assert not published
     attend, advance = result.outcomes
     assert attend.error == advance.error == "the default failed: build: planted"
-    assert attend.trials == 24 and advance.trials == 1  # given up while the third was built
+    assert attend.trials == 16 and advance.trials == 1  # given up while the second was built
     assert observer.outcomes == list(result.outcomes)
 
 
@@ -134,9 +134,27 @@ def test_a_default_that_fails_is_said(tmp_path):
         return None if candidate.decisions else "wrong"
 
     result, published, _ = session(tmp_path, runner=Runner(bad))
-    assert not published and result.outcomes[0].error == (
-        "the default failed: wrong: planted; 39 others work"
-    )
+    (outcome,) = result.outcomes
+    assert not published and outcome.trials == 16  # no others are tried: they have no result
+    assert outcome.error == "the default failed: wrong: planted; 15 others work"
+
+
+def test_failures_that_may_be_the_machine_s_are_tried_again(tmp_path):
+    """A full disk, a timeout on a busy machine: the same command again gets a result."""
+    _, published, _ = session(tmp_path, runner=Runner(lambda candidate: "timeout"))
+    assert not published and lines(tmp_path)
+    _, (outcome,), _ = session(tmp_path)
+    assert outcome.error is None and not outcome.failures
+
+
+def test_a_wrong_candidate_is_not_tried_again(tmp_path):
+    def bad(candidate):
+        return "wrong" if candidate.decisions else None
+
+    session(tmp_path, runner=Runner(bad), trials=40)
+    session(tmp_path, runner=Runner(bad), trials=80)
+    hashes = [json.loads(line)["schedule_hash"] for line in lines(tmp_path)]
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_resumed_trials_count(tmp_path):

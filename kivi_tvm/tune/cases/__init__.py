@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kivi_tvm.cache_key import CODE_SOURCES
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases import attention, storage
 from kivi_tvm.tune.cases.case import Case
 
-__all__ = ["Case", "make_case"]
+__all__ = ["CASE_SOURCES", "Case", "make_case"]
+
+# What decides a candidate's code, its arguments and the results that are expected of it.
+CASE_SOURCES = (*CODE_SOURCES, "reference", "workloads.py", "tune/cases", "tune/pools.py")
 
 _MAKERS: dict[str, Callable[[Task], Case]] = {
     "advance": storage.advance,
