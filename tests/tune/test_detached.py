@@ -79,7 +79,8 @@ def results(folder, compared=True):
     """What a device would have found, the second candidate twice as fast as the default."""
     content = read_folder(folder).to_dict()
     device = {"name": "a device", "kind": "cpu", "threads": 3}
-    found = [{"folder": content["checksum"], "device": device, "read_gb_per_s": 10.0}]
+    header = {"folder": content["checksum"], "device": device, "read_gb_per_s": 10.0}
+    found = [{**header, "versions": {"apache-tvm-ffi": "0.1.99"}}]
     for i, each in enumerate(content["candidates"]):
         times = {"times_us": [(10.0, 5.0, 20.0)[i]] * 3, "max_error": 0.0, "error_limit": 1e-5}
         found.append({"id": each["id"], **times, "seconds": 1.0})
@@ -176,6 +177,7 @@ def test_the_faster_candidate_becomes_a_record(copy, tmp_path):
     record = found.records["combine"]
     assert record.decisions == read_folder(copy).tasks[0].candidates[1].candidate.decisions != {}
     assert (record.device, record.threads, record.read_gb_per_s) == ("a device", 3, 10.0)
+    assert record.versions["tvm_ffi"] == "0.1.99"
 
 
 @pytest.mark.parametrize(("kept", "said"), [(2, "2 of 3 candidates"), (4, "are not compared")])
