@@ -9,7 +9,9 @@ BITS = (2, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 DTYPES = ("float16", "bfloat16", "float32")
-COMPUTE_MODES = ("auto", "float")
+COMPUTE_MODES = ("auto", "float", "int8x2", "int8")
+INTEGER_MODES = ("int8x2", "int8")
+MAX_INTEGER_BITS = 4  # products of four larger codes would not fit the byte instructions
 WINDOWS = ("kivi", "exact")
 WORD_BITS = 32
 MIN_PAGE_SIZE = 32
@@ -110,8 +112,10 @@ class KiviConfig:
     dtype : str
         Model dtype of q, k, v and the window: "float16", "bfloat16" or "float32".
     compute : str
-        Compute mode of `attend`; "auto" takes the fastest mode inside the 10% error rule of the
-        design, which today is always "float" (float32 arithmetic). The manifest names the mode.
+        Compute mode of `attend`: "float" (float32 arithmetic), "int8x2" (codes times the other
+        operand as high and low int8: relative error below 1e-3) or "int8" (a single int8: 5e-2, up
+        to 3e-1 with outlier channels or a peaked softmax); the latter two for at most 4 bits.
+        "auto" is "float" today. The manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None
@@ -183,6 +187,13 @@ class KiviConfig:
         one_of("group_size", self.group_size, GROUP_SIZES)
         one_of("key_group_size", self.G_k, GROUP_SIZES)
         one_of("value_group_size", self.G_v, GROUP_SIZES)
+        if self.compute in INTEGER_MODES:
+            for name in ("key_bits", "value_bits"):
+                if (bits := getattr(self, name)) > MAX_INTEGER_BITS:
+                    found.append(
+                        f"`{name}` must be at most {MAX_INTEGER_BITS} with compute={self.compute!r}, "
+                        f"got {bits}"
+                    )
         return found + self._divisibility_problems()
 
     def _divisibility_problems(self) -> list[str]:

@@ -15,12 +15,23 @@ from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
 
 
+# Bits of a vector register by the feature of LLVM that brings it, widest first.
+VECTOR_BITS = {"avx512f": 512, "avx": 256}
+# Features of LLVM that offer a dot product of bytes, best first, and its kind.
+BYTE_DOTS = (
+    ({"avx512vnni", "avxvnni"}, "vnni"),
+    ({"avx512bw", "avx2"}, "maddubs"),
+    ({"dotprod"}, "sdot"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Facts about a target that schedules read; a chip is never an `if`."""
 
     model: str  # programming model: the folder of its schedules
     vector_bits: int
+    byte_dot: str | None = None  # how dot products of bytes are computed: `schedules/byte_dot.py`
 
     @property
     def float32_lanes(self) -> int:
@@ -121,7 +132,16 @@ def required_cpu_flags(target: Target) -> tuple[str, ...]:
 
 def hardware(target: Target) -> Hardware:
     """The facts that schedules use."""
-    return Hardware(model="cpu", vector_bits=int(codegen.llvm_get_vector_width(target)))
+    features = set(map(str, codegen.llvm_get_cpu_features(target)))
+    byte_dot = next((kind for needs, kind in BYTE_DOTS if needs & features), None)
+    # TVM's own figure is 512 for every x86.
+    widths = (bits for feature, bits in VECTOR_BITS.items() if feature in features)
+    width = next(widths, 128) if _is_x86(target) else int(codegen.llvm_get_vector_width(target))
+    return Hardware(model="cpu", vector_bits=width, byte_dot=byte_dot)
+
+
+def _is_x86(target: Target) -> bool:
+    return _machine(target) in ("x86_64", "i386", "i486", "i586", "i686")
 
 
 def _parse(target: str | Mapping[str, Any]) -> Target:

@@ -28,7 +28,7 @@ class Workload:
         `T`, the tokens of a prefill and the length of every row unless `lengths` is given.
     batch_size : int
         `B`.
-    key_bits, value_bits, group_size, residual_length, dtype
+    key_bits, value_bits, group_size, residual_length, dtype, compute
         As in `KiviConfig`.
     data : str
         A name in `DATA`: how keys, values and queries are drawn.
@@ -55,6 +55,7 @@ class Workload:
     data: str = "normal"
     lengths: tuple[int, ...] | None = None
     seed: int = 0
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
         found = []
@@ -86,6 +87,7 @@ class Workload:
             group_size=self.group_size,
             residual_length=self.residual_length,
             dtype=self.dtype,
+            compute=self.compute,
         )
 
     @property
@@ -108,6 +110,8 @@ class Workload:
             parts.append(f"R{self.residual_length}")
         if self.dtype != "float16":
             parts.append(DTYPE_SLUGS.get(self.dtype, self.dtype))
+        if self.compute != "auto":
+            parts.append(self.compute)
         if self.data != "normal":
             parts.append(self.data)
         if self.seed:

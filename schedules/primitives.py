@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from kivi_tvm.schedules.byte_dot import VECTOR_BYTES, byte_dot, quads
 from kivi_tvm.schedules.choices import choose
 
 SUMMED_LANES = 4
@@ -145,6 +146,54 @@ def contract_in_registers(
     sch.reorder(*reduced, row, vector, lane)
     fill_registers(sch, block)
     fill_registers(sch, sch.decompose_reduction(block, reduced[0]))
+
+
+def contract_bytes_in_registers(
+    sch: Schedule, name: str, codes: str, default: tuple[int, int], lanes: int, kind: str | None
+) -> None:
+    """Run a contraction of bytes as register tiles of rows x vectors of int32.
+
+    The block `name` has the loops (row, lane axis, word, place, byte), with one vector of `codes`
+    for every place of a word. Without an instruction for it (`kind`) the bytes are taken one by
+    one. Choices, by `name`: `_tile`, by default `default` rows x vectors, and `_outer`, whether
+    tiles go down the rows or along the lane axis first.
+    """
+    block, unpacked = sch.get_sblock(name), sch.get_sblock(codes)
+    row, lane, word, place, byte = sch.get_loops(block)[-5:]
+    lanes = largest_divisor(extent_of(sch, lane), lanes)
+    shape = extent_of(sch, row), extent_of(sch, lane) // lanes
+    rows, vectors = choose_tile(sch, f"{name}_tile", *shape, default)
+    row_tile, row = split_off(sch, row, rows)
+    vector, lane = split_off(sch, lane, lanes)
+    tile, vector = split_off(sch, vector, vectors)
+    outer = [row_tile, tile]
+    if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
+        outer.reverse()
+    innermost = (lane, byte) if kind else (byte, lane)
+    sch.reorder(*outer, word, place, row, vector, *innermost)
+    for loop in (place, row, vector):
+        sch.unroll(loop)
+    sch.set_scope(block, 0, "local")
+    # codes in registers, for all rows of the tile
+    sch.compute_at(unpacked, place, preserve_unit_loops=True)
+    sch.set_scope(unpacked, 0, "local")
+    held, held_lane = split_off(sch, sch.get_loops(unpacked)[-1], lanes)
+    sch.unroll(held)
+    sch.vectorize(held_lane)
+    if not kind:
+        sch.unroll(byte)
+        sch.vectorize(lane)
+    fill_registers(sch, sch.decompose_reduction(block, word))
+    if kind:
+        sch.tensorize(lane, byte_dot(kind, lanes))
+
+
+def reorder_quads(sch: Schedule, block: SBlockRV) -> None:
+    """Bring int8 numbers in the order of the codes of words, a register of them at a time."""
+    word, place, byte = sch.get_loops(block)[-3:]
+    places = extent_of(sch, place)
+    word, inner = split_off(sch, word, VECTOR_BYTES // (places * extent_of(sch, byte)))
+    sch.tensorize(inner, quads(extent_of(sch, inner), places))
 
 
 def unroll_off(sch: Schedule, name: str, loop: LoopRV) -> list[LoopRV]:

@@ -20,7 +20,7 @@ from kivi_tvm.config import KiviConfig
 from kivi_tvm.database import Found
 from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.module import Module, build, build_with
-from kivi_tvm.tune.cases.tolerance import RELATIVE_L2
+from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import cache_bytes
 from kivi_tvm.workloads import Inputs, Workload, make_inputs
 
@@ -65,7 +65,7 @@ def ours(name: str, module: Module, w: Workload, inputs: Inputs, copies: int) ->
         calls=calls,
         nbytes=nbytes,
         expected=expected.decode(q, k_new, v_new),
-        tolerance=RELATIVE_L2[getattr(torch, w.dtype)],
+        tolerance=limit(getattr(torch, w.dtype), compute=w.cfg.compute_mode),
     )
 
 

@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
         each.add_argument("--group-size", type=int, default=32, help="default: 32")
         each.add_argument("--residual-length", type=int, default=128, help="default: 128")
         each.add_argument("--dtype", default="float16", help="default: float16")
+        each.add_argument("--compute", default="auto", help="mode of attention (default: auto)")
         each.add_argument("--target", default="native", help="default: native")
         each.add_argument("--threads", type=int, help="threads of both sides (default: torch's)")
         each.add_argument("--rounds", type=int, default=10, help="default: 10")
@@ -96,6 +97,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         "group_size": args.group_size,
         "residual_length": args.residual_length,
         "dtype": args.dtype,
+        "compute": args.compute,
     }
     return _changed(MODELS[args.model], options)
 

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES
+from kivi_tvm.config import BITS, COMPUTE_MODES, DTYPES, GROUP_SIZES
 from kivi_tvm.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add_geometry_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", nargs="+", help=f"one or more (default: the model's, else {DEMO_DTYPE})"
     )
+    group.add_argument("--compute", choices=COMPUTE_MODES, help="mode of attention: auto")
     group.add_argument("--tokens", type=int, help="length of the caches that are timed")
     group.add_argument("--batch-size", type=int, help="default: 1")
 
@@ -68,6 +69,7 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
         "residual_length": args.residual_length,
         "tokens": args.tokens,
         "batch_size": args.batch_size,
+        "compute": args.compute,
     }
     if args.bits:
         options |= {"key_bits": args.bits[0], "value_bits": args.bits[-1]}

@@ -7,8 +7,7 @@ For one query head `m`, with `s2 = scale * log2(e)` folded into the query, over 
     p_t     = 2^(score_t - max)                                  0 where t is not packed
     acc_d   = sum_t (p_t s_vt) code_td + sum_t p_t z_vt          per group of G_v channels
 
-Codes enter as `float(word & (mask << shift))`, exactly `code * 2^shift`; the power of two is
-folded into the other operand, so a code costs one `and` and one conversion.
+How the sums over codes are computed is the compute mode: `contract_float`, `contract_int8`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_VALUES, pack_order
+from kivi_tvm.layout import PACKED_VALUES
+from kivi_tvm.ops import contract_float, contract_int8
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
@@ -25,6 +25,9 @@ from kivi_tvm.ops.online_softmax import (
     store_blocks,
 )
 from kivi_tvm.ops.prefetch import prefetch_block
+
+COMPUTE_ATTR = "kivi.compute"  # of a function in another mode than "float"
+CONTRACTIONS = {"float": contract_float, "int8": contract_int8, "int8x2": contract_int8}
 
 
 def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "none"):
@@ -54,15 +57,8 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
     D, M, P, dtype = key.head_dim, key.rows, key.page_size, key.dtype
     G_k, G_v = key.key_group_size, key.value_group_size
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
-    k_order = pack_order(key.pack_order, key.key_bits)
-    v_order = pack_order(key.pack_order, key.value_bits)
-    k_mask, v_mask = k_order.code_mask, v_order.code_mask
     C, SPLIT = chunk_tokens or key.chunk_tokens, key.split_tokens
     CHUNKS, PAGES, N_k, N_v = SPLIT // C, C // P, P // G_k, D // G_v
-
-    def power(shift):
-        """2^-shift as float32."""
-        return T.reinterpret("float32", (127 - shift) << 23)
 
     fetch_k = [
         prefetch_block("fetch_k_code", PAGES, D // W_k, P, 4),
@@ -74,6 +70,9 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
         prefetch_block("fetch_v_scale", PAGES, N_v, P, 2),
         prefetch_block("fetch_v_zero", PAGES, N_v, P, 2),
     ]
+    contraction = CONTRACTIONS[key.compute]
+    query = contraction.query_blocks(key)
+    scores, outputs = contraction.score_blocks(key, C), contraction.output_blocks(key, C)
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 
@@ -152,10 +151,7 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                         q_scaled[vm, vd] = T.Cast("float32", q[b, vh * M + vm, vd]) * (
                             scale * T.float32(LOG2_E)
                         )
-                for m, d in T.grid(M, D):
-                    with T.sblock("q_fold"):
-                        vm, vd = T.axis.remap("SS", [m, d])
-                        q_fold[vm, vd] = q_scaled[vm, vd] * power(k_order.shift(k_order.slot(vd)))
+                query(q_scaled, q_fold)
                 start(run_max, run_sum, run_acc)
                 for c in T.serial(T.min(CHUNKS, T.ceildiv(packed - first, C))):
                     with T.sblock("chunk"):
@@ -177,14 +173,10 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                         T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
                         base = T.meta_var(first + vc * C)
                         page = T.sblock_alloc_buffer((PAGES,), "int32")
-                        q_key = T.sblock_alloc_buffer((M, PAGES, N_k, D), "float32")
                         q_zero = T.sblock_alloc_buffer((M, PAGES, N_k), "float32")
-                        dot = T.sblock_alloc_buffer((M, C), "float32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
                         prob = T.sblock_alloc_buffer((M, C), "float32")
-                        p_fold = T.sblock_alloc_buffer((M, N_v, C), "float32")
                         p_zero = T.sblock_alloc_buffer((M, N_v), "float32")
-                        out = T.sblock_alloc_buffer((M, D), "float32")
                         for j in range(PAGES):
                             with T.sblock("page"):
                                 vj = T.axis.spatial(PAGES, j)
@@ -207,12 +199,6 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                             fetch_k[1](k_scale, there, head)
                             fetch_k[2](k_zero, there, head)
                         for m, j, g, d in T.grid(M, PAGES, N_k, D):
-                            with T.sblock("q_key"):
-                                vm, vj, vg, vd = T.axis.remap("SSSS", [m, j, g, d])
-                                q_key[vm, vj, vg, vd] = q_fold[vm, vd] * T.Cast(
-                                    "float32", k_scale[page[vj], vh, vg, vd]
-                                )
-                        for m, j, g, d in T.grid(M, PAGES, N_k, D):
                             with T.sblock("q_zero"):
                                 vm, vj, vg, vd = T.axis.remap("SSSR", [m, j, g, d])
                                 with T.init():
@@ -220,37 +206,8 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                                 q_zero[vm, vj, vg] += q_scaled[vm, vd] * T.Cast(
                                     "float32", k_zero[page[vj], vh, vg, vd]
                                 )
-                        for m, t, w, i in T.grid(M, C, D // W_k, W_k):
-                            with T.sblock("dot"):
-                                vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
-                                with T.init():
-                                    dot[vm, vt] = T.float32(0)
-                                dot[vm, vt] += q_key[
-                                    vm, vt // P, vt % P // G_k, k_order.element(vw, vs)
-                                ] * T.Cast(
-                                    "float32",
-                                    k_code[page[vt // P], vh, vw, vt % P]
-                                    & (T.uint32(k_mask) << T.Cast("uint32", k_order.shift(vs))),
-                                )
-                        for m, t in T.grid(M, C):
-                            with T.sblock("score"):
-                                vm, vt = T.axis.remap("SS", [m, t])
-                                score[vm, vt] = T.Select(
-                                    base + vt < packed,
-                                    dot[vm, vt] + q_zero[vm, vt // P, vt % P // G_k],
-                                    T.min_value("float32"),
-                                )
+                        scores(q_fold, k_code, k_scale, page, vh, packed - base, q_zero, score)
                         softmax(score, chunk_max, prob, chunk_sum)
-                        for m, g, t in T.grid(M, N_v, C):
-                            with T.sblock("p_fold"):
-                                vm, vg, vt = T.axis.remap("SSS", [m, g, t])
-                                p_fold[vm, vg, vt] = T.Select(
-                                    base + vt < packed,
-                                    prob[vm, vt]
-                                    * T.Cast("float32", v_scale[page[vt // P], vh, vg, vt % P])
-                                    * power(v_order.shift(v_order.slot(vt))),
-                                    T.float32(0),
-                                )
                         for m, g, t in T.grid(M, N_v, C):
                             with T.sblock("p_zero"):
                                 vm, vg, vt = T.axis.remap("SSR", [m, g, t])
@@ -262,22 +219,7 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                                     * T.Cast("float32", v_zero[page[vt // P], vh, vg, vt % P]),
                                     T.float32(0),
                                 )
-                        for m, d, w, i in T.grid(M, D, C // W_v, W_v):
-                            with T.sblock("out"):
-                                vm, vd, vw, vs = T.axis.remap("SSRR", [m, d, w, i])
-                                with T.init():
-                                    out[vm, vd] = T.float32(0)
-                                out[vm, vd] += p_fold[
-                                    vm, vd // G_v, v_order.element(vw, vs)
-                                ] * T.Cast(
-                                    "float32",
-                                    v_code[page[vw // (P // W_v)], vh, vw % (P // W_v), vd]
-                                    & (T.uint32(v_mask) << T.Cast("uint32", v_order.shift(vs))),
-                                )
-                        for m, d in T.grid(M, D):
-                            with T.sblock("chunk_acc"):
-                                vm, vd = T.axis.remap("SS", [m, d])
-                                chunk_acc[vm, vd] = out[vm, vd] + p_zero[vm, vd // G_v]
+                        outputs(prob, v_code, v_scale, page, vh, packed - base, p_zero, chunk_acc)
                     with T.sblock("merge"):
                         vc = T.axis.opaque(CHUNKS, c)
                         T.reads(
@@ -292,4 +234,6 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
                 store(run_max, run_sum, run_acc, part_acc, part_stat, b, vh * M, work[vi, 1])
 
-    return attend
+    if key.compute == "float":
+        return attend
+    return attend.with_attr(COMPUTE_ATTR, key.compute)

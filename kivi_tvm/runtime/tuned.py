@@ -49,4 +49,5 @@ def tune_command(cfg: KiviConfig, target: Mapping[str, Any]) -> str | None:
         f"kivi-tvm tune --target {name} --head-dim {cfg.D} --num-heads {cfg.H} "
         f"--num-kv-heads {cfg.H_kv} --bits {cfg.key_bits} {cfg.value_bits} "
         f"--group-size {cfg.G_k} --dtype {cfg.dtype}"
+        + (f" --compute {cfg.compute}" if cfg.compute != "auto" else "")
     )

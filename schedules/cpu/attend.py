@@ -5,13 +5,16 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.ops.attend import COMPUTE_ATTR
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.primitives import (
     choose_width,
+    contract_bytes_in_registers,
     contract_in_registers,
     divisors,
     parallelize,
     reduce_by_lanes,
+    reorder_quads,
     vectorize_last,
 )
 from kivi_tvm.targets import Hardware
@@ -23,6 +26,10 @@ ELEMENTWISE = (
     "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
     "store_acc",
 )  # fmt: skip
+
+ELEMENTWISE_IN_INTEGERS = "q_byte", "score", "p_byte", "chunk_acc"
+REDUCED = "q_zero", "max", "sum", "p_zero"
+REDUCED_IN_INTEGERS = "q_peak", "p_peak"
 
 MAX_CHUNK_TOKENS = 512
 MAX_CHUNK_SCORES = 16384  # float32 numbers, of which there are four per score: a quarter of an L2
@@ -43,15 +50,27 @@ def attend(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend` for SIMD lanes and threads."""
     lanes = hardware.float32_lanes
     # 1. contractions: codes are unpacked in registers, once for all rows of a tile
-    contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE, lanes)
-    contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE, lanes)
+    if in_integers(sch):
+        for name, quads in (("dot", "k_quad"), ("out", "v_quad")):
+            contract_bytes_in_registers(sch, name, quads, TILE, lanes, hardware.byte_dot)
+        for name in ("q_quad", "p_quad"):
+            reorder_quads(sch, sch.get_sblock(name))
+    else:
+        contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE, lanes)
+        contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE, lanes)
     # 2. reductions by lanes
     width = choose_width(sch, "reduced", lanes)
-    for name in ("q_zero", "max", "sum", "p_zero"):
+    for name in (*REDUCED, *(REDUCED_IN_INTEGERS if in_integers(sch) else ())):
         reduce_by_lanes(sch, sch.get_sblock(name), width)
     # 3. elementwise stages
     width = choose_width(sch, "elementwise", lanes)
-    for name in ELEMENTWISE:
+    for name in (*ELEMENTWISE, *(ELEMENTWISE_IN_INTEGERS if in_integers(sch) else ())):
         vectorize_last(sch, sch.get_sblock(name), width)
     # 4. threads
     parallelize(sch, sch.get_sblock("split"))
+
+
+def in_integers(sch: Schedule) -> bool:
+    """Tell whether the function's compute mode is one of integers."""
+    (function,) = sch.mod.functions.values()
+    return COMPUTE_ATTR in function.attrs

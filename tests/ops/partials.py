@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pools import assert_same_bits, poisoned
-from tolerance import assert_close
+from tolerance import assert_close, limit
 
 
 class Partials:
@@ -29,9 +29,10 @@ class Partials:
         found = self.acc[row, :, entry].double() / total[:, None]
         worst = score.abs().max().item()
         what = f"row {row} entry {entry}"
-        assert_close(found, out, torch.float32, worst, what, bound)
+        limited = limit(torch.float32, worst, self.cfg.compute_mode)
+        assert_close(found, out, what=what, bound=bound or limited)
         lse = (top + total.log2()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
-        assert_close(lse, score.logsumexp(-1), torch.float32, worst, f"{what} lse")
+        assert_close(lse, score.logsumexp(-1), what=f"{what} lse", bound=limited)
 
     def assert_untouched(self, row, entries=slice(None)):
         """Entries of a row that nobody may write."""

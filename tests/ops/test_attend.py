@@ -1,16 +1,23 @@
 """`attend` over permuted, poisoned pages against float64 attention on the same codes."""
 
+import math
+import platform
+from dataclasses import replace
+
 import pytest
 import torch
 import tvm
 from configurations import CONFIGS, FEW, config_id, library, with_window
 from inputs import ATTENDED_DATA, draw, strided
+from ops import integer_attention
 from ops.partials import Partials
 from pools import Pool, assert_same_bits
-from tolerance import FLAT_FLOAT32
+from tolerance import FLAT_FLOAT32, relative_l2
 
 from kivi_tvm import targets
 from kivi_tvm.compile import scheduled_function
+from kivi_tvm.config import INTEGER_MODES, MAX_INTEGER_BITS, KiviConfig
+from kivi_tvm.cpu import missing_cpu_flags
 
 NAMES = ("k_code", "k_scale", "k_zero", "v_code", "v_scale", "v_zero", "table", "state", "slots")
 
@@ -78,6 +85,56 @@ def test_odd_packed_counts(cfg, packed):
 @pytest.mark.parametrize("scale", [0.0, 0.01, -0.05])
 def test_any_softmax_scale(cfg, scale):
     check(cfg, [cfg.R + 200], scale=scale)
+
+
+INTEGER = [
+    replace(cfg, compute=mode)
+    for cfg in FEW
+    for mode in INTEGER_MODES
+    if max(cfg.key_bits, cfg.value_bits) <= MAX_INTEGER_BITS
+]
+
+
+@pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.parametrize("cfg", INTEGER, ids=config_id)
+def test_integer_modes_are_close_to_attention(cfg, data):
+    R, split = cfg.R, cfg.kernel_key().split_tokens
+    check(cfg, [500, None, R + 1, R + 31, 0, R, R + split + 63], data)
+
+
+@pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.parametrize("cfg", INTEGER, ids=config_id)
+def test_integer_modes_round_as_they_say(cfg, data):
+    """Ten times closer to the same rounding in torch than to exact attention."""
+    lengths = [cfg.R + cfg.kernel_key().split_tokens + 63, cfg.R + 1, cfg.R + 200]
+    pool, inputs, parts = check(cfg, lengths, data)
+    for row, length in enumerate(lengths):
+        k, v = (x[row, :, :length].float() for x in (inputs.k, inputs.v))
+        expected = integer_attention.attended(cfg, inputs.q[0, row].float(), k, v, cfg.D**-0.5)
+        for index, (out, lse) in enumerate(expected):
+            top, total = parts.stat[row, :, index].unbind(-1)
+            assert relative_l2(parts.acc[row, :, index] / total[:, None], out) < 1e-3
+            assert relative_l2((top + total.log2()) * math.log(2), lse) < 1e-5
+
+
+@pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
+def test_other_processors_round_alike(mcpu):
+    """Sums of integers are exact, whatever instructions add them up."""
+    target = targets.from_identity(
+        {"kind": "llvm", "machine": "x86_64", "system": "linux", "mcpu": mcpu}
+    )
+    if platform.machine() != "x86_64" or missing_cpu_flags(targets.required_cpu_flags(target)):
+        pytest.skip(f"needs {mcpu}")
+    cfg = KiviConfig(
+        head_dim=64, num_heads=8, num_kv_heads=2, key_bits=4, dtype="float32", compute="int8"
+    )
+    pool, inputs, plain = check(cfg, [cfg.R + 500])
+    schedule = scheduled_function("attend", cfg.kernel_key(), target)
+    kernel = tvm.compile(schedule.mod, target=target)["attend"]
+    found = Partials(cfg, 1, plain.acc.shape[2])
+    work = work_items(pool, cfg.kernel_key().split_tokens)
+    kernel(*pool.args(*NAMES), work, inputs.q[0].contiguous(), cfg.D**-0.5, *found.args)
+    assert relative_l2(found.acc[:, :, 0], plain.acc[:, :, 0]) < 1e-3
 
 
 @pytest.mark.parametrize("prefetch", ["values", "next"])

@@ -42,9 +42,12 @@ class Partials:
     ----------
     B, H, X, D : int
         Rows, heads times queries, entries, channels.
+    compute : str
+        How the results are computed.
     """
 
-    def __init__(self, B: int, H: int, X: int, D: int) -> None:
+    def __init__(self, B: int, H: int, X: int, D: int, compute: str = "float") -> None:
+        self._compute = compute
         self.acc, self.stat = (poisoned((B, H, X, n), torch.float32) for n in (D, 2))
         self.after = self.acc.clone(), self.stat.clone()
         self._group = torch.full((B, H, X), UNTOUCHED)
@@ -60,7 +63,7 @@ class Partials:
         self._out[at], self._lse[at] = reference.attention(q, k, v, scale)
         score = q.reshape(k.shape[0], -1, k.shape[-1]) @ k.mT * scale
         self._group[at] = len(self._limits)
-        self._limits.append(limit(torch.float32, score.abs().max().item()))
+        self._limits.append(limit(torch.float32, score.abs().max().item(), self._compute))
 
     def expect_nothing(self, row: int, entry: int) -> None:
         """The row has no token: weight 0 at the lowest maximum."""
@@ -138,7 +141,8 @@ def _check_attend(task: Task, lengths: Lengths, data: str) -> Call:
     pool = Pool(cfg, lengths)
     pool.store_keys(inputs.k)
     pool.store_values(inputs.v)
-    parts = Partials(len(lengths), q.shape[1], max(_splits(task, cfg, lengths)) + 2, cfg.D)
+    entries = max(_splits(task, cfg, lengths)) + 2
+    parts = Partials(len(lengths), q.shape[1], entries, cfg.D, cfg.compute_mode)
     work = []
     for row, _, _ in pool.active():
         k, v = pool.dense_keys(inputs.k, row), pool.dense_values(inputs.v, row)

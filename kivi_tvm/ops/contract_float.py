@@ -1,0 +1,108 @@
+"""The sums of `attend` over codes in float32: compute mode "float".
+
+Codes enter as `float(word & (mask << shift))`, exactly `code * 2^shift`; the power of two is
+folded into the other operand, so a code costs one `and` and one conversion.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import pack_order
+
+
+def _power(shift):
+    """2^-shift as float32."""
+    return T.reinterpret("float32", (127 - shift) << 23)
+
+
+def query_blocks(key: KernelKey):
+    """The query of every channel as its codes want it."""
+    M, D = key.rows, key.head_dim
+    order = pack_order(key.pack_order, key.key_bits)
+
+    @T.macro
+    def query(q_scaled, q_fold):
+        for m, d in T.grid(M, D):
+            with T.sblock("q_fold"):
+                vm, vd = T.axis.remap("SS", [m, d])
+                q_fold[vm, vd] = q_scaled[vm, vd] * _power(order.shift(order.slot(vd)))
+
+    return query
+
+
+def score_blocks(key: KernelKey, C: int):
+    """`score = sum_d (q_d s_d) code_d + q_zero` of the first `left` of `C` tokens, else lowest."""
+    M, D, P, G = key.rows, key.head_dim, key.page_size, key.key_group_size
+    W, order = key.key_codes_per_word, pack_order(key.pack_order, key.key_bits)
+    mask = order.code_mask
+
+    @T.macro
+    def scores(q_fold, k_code, k_scale, page, head, left, q_zero, score):
+        q_key = T.sblock_alloc_buffer((M, C // P, P // G, D), "float32")
+        dot = T.sblock_alloc_buffer((M, C), "float32")
+        for m, j, g, d in T.grid(M, C // P, P // G, D):
+            with T.sblock("q_key"):
+                vm, vj, vg, vd = T.axis.remap("SSSS", [m, j, g, d])
+                q_key[vm, vj, vg, vd] = q_fold[vm, vd] * T.Cast(
+                    "float32", k_scale[page[vj], head, vg, vd]
+                )
+        for m, t, w, i in T.grid(M, C, D // W, W):
+            with T.sblock("dot"):
+                vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
+                with T.init():
+                    dot[vm, vt] = T.float32(0)
+                dot[vm, vt] += q_key[vm, vt // P, vt % P // G, order.element(vw, vs)] * T.Cast(
+                    "float32",
+                    k_code[page[vt // P], head, vw, vt % P]
+                    & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
+                )
+        for m, t in T.grid(M, C):
+            with T.sblock("score"):
+                vm, vt = T.axis.remap("SS", [m, t])
+                score[vm, vt] = T.Select(
+                    vt < left,
+                    dot[vm, vt] + q_zero[vm, vt // P, vt % P // G],
+                    T.min_value("float32"),
+                )
+
+    return scores
+
+
+def output_blocks(key: KernelKey, C: int):
+    """`chunk_acc_d = sum_t (p_t s_t) code_t + p_zero` over the first `left` of `C` tokens."""
+    M, D, P, G = key.rows, key.head_dim, key.page_size, key.value_group_size
+    W, order = key.value_codes_per_word, pack_order(key.pack_order, key.value_bits)
+    mask = order.code_mask
+
+    @T.macro
+    def outputs(prob, v_code, v_scale, page, head, left, p_zero, chunk_acc):
+        p_fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
+        out = T.sblock_alloc_buffer((M, D), "float32")
+        for m, g, t in T.grid(M, D // G, C):
+            with T.sblock("p_fold"):
+                vm, vg, vt = T.axis.remap("SSS", [m, g, t])
+                p_fold[vm, vg, vt] = T.Select(
+                    vt < left,
+                    prob[vm, vt]
+                    * T.Cast("float32", v_scale[page[vt // P], head, vg, vt % P])
+                    * _power(order.shift(order.slot(vt))),
+                    T.float32(0),
+                )
+        for m, d, w, i in T.grid(M, D, C // W, W):
+            with T.sblock("out"):
+                vm, vd, vw, vs = T.axis.remap("SSRR", [m, d, w, i])
+                with T.init():
+                    out[vm, vd] = T.float32(0)
+                out[vm, vd] += p_fold[vm, vd // G, order.element(vw, vs)] * T.Cast(
+                    "float32",
+                    v_code[page[vw // (P // W)], head, vw % (P // W), vd]
+                    & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
+                )
+        for m, d in T.grid(M, D):
+            with T.sblock("chunk_acc"):
+                vm, vd = T.axis.remap("SS", [m, d])
+                chunk_acc[vm, vd] = out[vm, vd] + p_zero[vm, vd // G]
+
+    return outputs
