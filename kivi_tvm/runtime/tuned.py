@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kivi_tvm import targets
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.database import Found, find
 from kivi_tvm.notices import announce_once
@@ -42,6 +41,8 @@ def tune_command(cfg: KiviConfig, target: Mapping[str, Any]) -> str | None:
     """
     if cfg.G_k != cfg.G_v or cfg.P != replace(cfg, page_size=None).P:
         return None
+    from kivi_tvm import targets
+
     here = dict(target) == targets.identity(targets.resolve("native"))
     fields = {name: x for name, x in target.items() if name not in ("machine", "system")}
     name = "native" if here else shlex.quote(json.dumps(fields))

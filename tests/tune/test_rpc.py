@@ -179,6 +179,7 @@ def test_a_killed_server_costs_nothing(fleet, runner, builder, target):
     )
 
 
+@pytest.mark.slow
 def test_a_tracker_that_ended_is_no_fault_of_a_candidate():
     given = argparse.Namespace(host=HOST, port=free_port(), key=KEY, session_timeout=1.0)
     servers = Servers(given)
