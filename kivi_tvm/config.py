@@ -191,8 +191,8 @@ class KiviConfig:
             for name in ("key_bits", "value_bits"):
                 if (bits := getattr(self, name)) > MAX_INTEGER_BITS:
                     found.append(
-                        f"`{name}` must be at most {MAX_INTEGER_BITS} with compute={self.compute!r}, "
-                        f"got {bits}"
+                        f"`{name}` must be at most {MAX_INTEGER_BITS} with "
+                        f"compute={self.compute!r}, got {bits}"
                     )
         return found + self._divisibility_problems()
 

@@ -14,7 +14,6 @@ from kivi_tvm import target_names
 from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
 
-
 # Bits of a vector register by the feature of LLVM that brings it, widest first.
 VECTOR_BITS = {"avx512f": 512, "avx": 256}
 # Features of LLVM that offer a dot product of bytes, best first, and its kind.

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,7 @@ def test_any_softmax_scale(cfg, scale):
     check(cfg, [cfg.R + 200], scale=scale)
 
 
+X86 = {"kind": "llvm", "machine": "x86_64", "system": "linux"}
 INTEGER = [
     replace(cfg, compute=mode)
     for cfg in FEW
@@ -107,7 +109,7 @@ def test_integer_modes_are_close_to_attention(cfg, data):
 def test_integer_modes_round_as_they_say(cfg, data):
     """Ten times closer to the same rounding in torch than to exact attention."""
     lengths = [cfg.R + cfg.kernel_key().split_tokens + 63, cfg.R + 1, cfg.R + 200]
-    pool, inputs, parts = check(cfg, lengths, data)
+    _, inputs, parts = check(cfg, lengths, data)
     for row, length in enumerate(lengths):
         k, v = (x[row, :, :length].float() for x in (inputs.k, inputs.v))
         expected = integer_attention.attended(cfg, inputs.q[0, row].float(), k, v, cfg.D**-0.5)
@@ -120,14 +122,10 @@ def test_integer_modes_round_as_they_say(cfg, data):
 @pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
 def test_other_processors_round_alike(mcpu):
     """Sums of integers are exact, whatever instructions add them up."""
-    target = targets.from_identity(
-        {"kind": "llvm", "machine": "x86_64", "system": "linux", "mcpu": mcpu}
-    )
+    target = targets.from_identity({**X86, "mcpu": mcpu})
     if platform.machine() != "x86_64" or missing_cpu_flags(targets.required_cpu_flags(target)):
         pytest.skip(f"needs {mcpu}")
-    cfg = KiviConfig(
-        head_dim=64, num_heads=8, num_kv_heads=2, key_bits=4, dtype="float32", compute="int8"
-    )
+    cfg = KiviConfig(64, 8, 2, key_bits=4, dtype="float32", compute="int8")
     pool, inputs, plain = check(cfg, [cfg.R + 500])
     schedule = scheduled_function("attend", cfg.kernel_key(), target)
     kernel = tvm.compile(schedule.mod, target=target)["attend"]
@@ -135,6 +133,27 @@ def test_other_processors_round_alike(mcpu):
     work = work_items(pool, cfg.kernel_key().split_tokens)
     kernel(*pool.args(*NAMES), work, inputs.q[0].contiguous(), cfg.D**-0.5, *found.args)
     assert relative_l2(found.acc[:, :, 0], plain.acc[:, :, 0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("machine", "mcpu", "instruction"),
+    [
+        ("x86_64", "znver4", r"vpdpbusd.*zmm"),
+        ("x86_64", "alderlake", r"vpdpbusd.*ymm"),
+        ("x86_64", "skylake-avx512", r"vpmaddubsw.*zmm"),
+        ("x86_64", "haswell", r"vpmaddubsw.*ymm"),
+        ("aarch64", "neoverse-n1", r"sdot.*4s"),
+    ],
+)
+def test_processors_use_their_dot_products_of_bytes(machine, mcpu, instruction):
+    try:
+        target = targets.from_identity({**X86, "machine": machine, "mcpu": mcpu})
+    except ValueError as error:
+        pytest.skip(str(error))
+    cfg = KiviConfig(64, 8, 2, compute="int8")
+    schedule = scheduled_function("attend", cfg.kernel_key(), target)
+    code = tvm.compile(schedule.mod, target=target).mod.inspect_source("asm")
+    assert len(re.findall(instruction, code)) >= 16
 
 
 @pytest.mark.parametrize("prefetch", ["values", "next"])
