@@ -36,7 +36,12 @@ MAX_CHUNK_SCORES = 16384  # float32 numbers, of which there are four per score: 
 
 
 def offers(key: KernelKey) -> Offers:
-    """Longer chunks have fewer ends; their scores take more cache."""
+    """Longer chunks have fewer ends; their scores take more cache.
+
+    Hints to fetch memory gain where the cache is cold and a page's part of a head is small: on two
+    cores of a Zen 4 at 8192 tokens 1.15 times at D=64, M=4, nothing at D=128, M=1, and where the
+    best tiles are found beside them up to 1.5 times. A warm cache only pays for them.
+    """
     most = min(MAX_CHUNK_TOKENS, MAX_CHUNK_SCORES // key.rows)
     pages = divisors(key.split_tokens // key.page_size, max(1, most // key.page_size))
     options = sorted({key.chunk_tokens, *(n * key.page_size for n in pages)})
