@@ -1,10 +1,13 @@
 """The sums of `attend` over codes in integers: compute modes "int8" and "int8x2".
 
-The prepared operand (`q_d s_d` of a key group, `p_t s_t` of a value group and chunk) becomes int8,
-`x = unit * (hi + lo / 254)` with `unit = max |x| / 127`; "int8" leaves `lo` out. Four codes that
-share a word are one operand of the processors' dot products of bytes: they are its bits at equal
-places of its four bytes, `(word >> shift) & mask`, and quads of the other operand are put in that
-order. Sums are exact in int32.
+The prepared operand (`q_d s_d` of a key group, `p_t s_t` of a value group and chunk) becomes an
+integer times a unit, `max |x| / 127` in mode "int8"; in mode "int8x2" that unit is 256 times finer
+and the integer `256 high + low`, two planes of int8 with a sum of their own. Sums are exact in
+int32.
+
+Four codes that share a word are one operand of the processors' dot products of bytes: they are its
+bits at equal places of its four bytes, `(word >> shift) & mask`. Quads of the other operand are put
+in that order.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import pack_order
 
 LARGEST = 127
-FINER = 2 * LARGEST  # what `hi` leaves is at most half a unit
 TINY = 1e-30
 # Added to a float32 of at most 2^22, it leaves the nearest integer in the low bits.
 ROUNDER = 12582912.0
@@ -27,14 +29,18 @@ def planes(key: KernelKey) -> int:
     return 2 if key.compute == "int8x2" else 1
 
 
+def _largest(count: int) -> float:
+    """The largest integer of an operand with so many planes."""
+    return float(LARGEST << 8 * (count - 1))
+
+
 def _as_byte(x, plane, count: int):
-    """The int8 of plane 0 or 1 of `x`, which is in units."""
-    high = T.reinterpret("int32", x + T.float32(ROUNDER))
+    """The int8 of a plane of `x`, which is in units; plane 0 is the higher one."""
+    number = T.reinterpret("int32", x + T.float32(ROUNDER))
     if count == 1:
-        return T.Cast("int8", high)
-    rest = (x - T.nearbyint(x)) * T.float32(FINER)
-    low = T.reinterpret("int32", rest + T.float32(ROUNDER))
-    return T.Cast("int8", T.Select(plane == 0, high, low))
+        return T.Cast("int8", number)
+    # The low byte is signed, so that the high one is rounded.
+    return T.Cast("int8", (number + (128 - plane * 128)) >> (8 - plane * 8))
 
 
 def _byte(word, number):
@@ -44,7 +50,9 @@ def _byte(word, number):
 def _sum_of_planes(x, m, i, rows: int, count: int):
     """The float32 of int32 sums `x [count * rows, ...]`, in units."""
     high = T.Cast("float32", x[m, i])
-    return high if count == 1 else high + T.Cast("float32", x[rows + m, i]) * T.float32(1 / FINER)
+    if count == 1:
+        return high
+    return high * T.float32(256) + T.Cast("float32", x[rows + m, i])
 
 
 def query_blocks(key: KernelKey):
@@ -92,7 +100,9 @@ def score_blocks(key: KernelKey, C: int):
         for m, j, g in T.grid(M, C // P, P // G):
             with T.sblock("q_gain"):
                 vm, vj, vg = T.axis.remap("SSS", [m, j, g])
-                q_gain[vm, vj, vg] = T.float32(LARGEST) / T.max(q_peak[vm, vj, vg], T.float32(TINY))
+                q_gain[vm, vj, vg] = T.float32(_largest(N)) / T.max(
+                    q_peak[vm, vj, vg], T.float32(TINY)
+                )
         for n, m, j, g, d in T.grid(N, M, C // P, P // G, D):
             with T.sblock("q_byte"):
                 vn, vm, vj, vg, vd = T.axis.remap("SSSSS", [n, m, j, g, d])
@@ -163,7 +173,7 @@ def output_blocks(key: KernelKey, C: int):
         for m, g in T.grid(M, D // G):
             with T.sblock("p_gain"):
                 vm, vg = T.axis.remap("SS", [m, g])
-                p_gain[vm, vg] = T.float32(LARGEST) / T.max(p_peak[vm, vg], T.float32(TINY))
+                p_gain[vm, vg] = T.float32(_largest(N)) / T.max(p_peak[vm, vg], T.float32(TINY))
         for n, m, g, t in T.grid(N, M, D // G, C):
             with T.sblock("p_byte"):
                 vn, vm, vg, vt = T.axis.remap("SSSS", [n, m, g, t])

@@ -6,11 +6,9 @@ from kivi_tvm import layout, reference
 
 
 def in_units(x, planes):
-    """`x` with its last dimension as multiples of the 127th of its largest, or 254 times finer."""
-    gain = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    high = (x * gain).round()
-    low = ((x * gain - high) * 254).round() / 254 if planes == 2 else 0
-    return (high + low) / gain
+    """`x` with its last dimension as multiples of the 127th of its largest, or 256 times finer."""
+    gain = 127 * 256 ** (planes - 1) / x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return (x * gain).round() / gain
 
 
 def attended(cfg, q, k, v, scale):
