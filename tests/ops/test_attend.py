@@ -116,7 +116,9 @@ def test_integer_modes_round_as_they_say(cfg, data):
         for index, (out, lse) in enumerate(expected):
             top, total = parts.stat[row, :, index].unbind(-1)
             assert relative_l2(parts.acc[row, :, index] / total[:, None], out) < 1e-3
-            assert relative_l2((top + total.log2()) * math.log(2), lse) < 1e-5
+            # Of thousands of products in float32 a few fall on the other side of a half: a unit of
+            # 2^-15 in mode "int8x2".
+            assert relative_l2((top + total.log2()) * math.log(2), lse) < 5e-5
 
 
 @pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
