@@ -74,12 +74,13 @@ def score_blocks(key: KernelKey, C: int):
     M, D, P, G = key.rows, key.head_dim, key.page_size, key.key_group_size
     W, bits, N = key.key_codes_per_word, key.key_bits, planes(key)
     S, order = 8 // bits, pack_order(key.pack_order, bits)
-    mask = order.code_mask * BYTES
+    mask, most = order.code_mask * BYTES, _largest(N)
 
     @T.macro
     def scores(q_fold, k_code, k_scale, page, head, left, q_zero, score):
         q_key = T.sblock_alloc_buffer((M, C // P, P // G, D), "float32")
         q_peak = T.sblock_alloc_buffer((M, C // P, P // G), "float32")
+        q_unit = T.sblock_alloc_buffer((M, C // P, P // G), "float32")
         q_gain = T.sblock_alloc_buffer((M, C // P, P // G), "float32")
         q_byte = T.sblock_alloc_buffer((N * M, C // P, P // G, D), "int8")
         q_quad = T.sblock_alloc_buffer((N * M, C // P, P // G, D // W, S, 4), "int8")
@@ -98,11 +99,12 @@ def score_blocks(key: KernelKey, C: int):
                     q_peak[vm, vj, vg] = T.min_value("float32")
                 q_peak[vm, vj, vg] = T.max(q_peak[vm, vj, vg], T.fabs(q_key[vm, vj, vg, vd]))
         for m, j, g in T.grid(M, C // P, P // G):
-            with T.sblock("q_gain"):
+            with T.sblock("q_unit"):
                 vm, vj, vg = T.axis.remap("SSS", [m, j, g])
-                q_gain[vm, vj, vg] = T.float32(_largest(N)) / T.max(
-                    q_peak[vm, vj, vg], T.float32(TINY)
+                q_unit[vm, vj, vg] = T.max(q_peak[vm, vj, vg], T.float32(TINY)) * T.float32(
+                    1 / most
                 )
+                q_gain[vm, vj, vg] = T.float32(most) / T.max(q_peak[vm, vj, vg], T.float32(TINY))
         for n, m, j, g, d in T.grid(N, M, C // P, P // G, D):
             with T.sblock("q_byte"):
                 vn, vm, vj, vg, vd = T.axis.remap("SSSSS", [n, m, j, g, d])
@@ -132,7 +134,7 @@ def score_blocks(key: KernelKey, C: int):
                 vm, vt = T.axis.remap("SS", [m, t])
                 score[vm, vt] = T.Select(
                     vt < left,
-                    _sum_of_planes(dot, vm, vt, M, N) / q_gain[vm, vt // P, vt % P // G]
+                    _sum_of_planes(dot, vm, vt, M, N) * q_unit[vm, vt // P, vt % P // G]
                     + q_zero[vm, vt // P, vt % P // G],
                     T.min_value("float32"),
                 )
@@ -145,12 +147,13 @@ def output_blocks(key: KernelKey, C: int):
     M, D, P, G = key.rows, key.head_dim, key.page_size, key.value_group_size
     W, bits, N = key.value_codes_per_word, key.value_bits, planes(key)
     S, order = 8 // bits, pack_order(key.pack_order, bits)
-    mask = order.code_mask * BYTES
+    mask, most = order.code_mask * BYTES, _largest(N)
 
     @T.macro
     def outputs(prob, v_code, v_scale, page, head, left, p_zero, chunk_acc):
         p_fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
         p_peak = T.sblock_alloc_buffer((M, D // G), "float32")
+        p_unit = T.sblock_alloc_buffer((M, D // G), "float32")
         p_gain = T.sblock_alloc_buffer((M, D // G), "float32")
         p_byte = T.sblock_alloc_buffer((N * M, D // G, C), "int8")
         p_quad = T.sblock_alloc_buffer((N * M, D // G, C // W, S, 4), "int8")
@@ -171,9 +174,10 @@ def output_blocks(key: KernelKey, C: int):
                     p_peak[vm, vg] = T.min_value("float32")
                 p_peak[vm, vg] = T.max(p_peak[vm, vg], T.fabs(p_fold[vm, vg, vt]))
         for m, g in T.grid(M, D // G):
-            with T.sblock("p_gain"):
+            with T.sblock("p_unit"):
                 vm, vg = T.axis.remap("SS", [m, g])
-                p_gain[vm, vg] = T.float32(_largest(N)) / T.max(p_peak[vm, vg], T.float32(TINY))
+                p_unit[vm, vg] = T.max(p_peak[vm, vg], T.float32(TINY)) * T.float32(1 / most)
+                p_gain[vm, vg] = T.float32(most) / T.max(p_peak[vm, vg], T.float32(TINY))
         for n, m, g, t in T.grid(N, M, D // G, C):
             with T.sblock("p_byte"):
                 vn, vm, vg, vt = T.axis.remap("SSSS", [n, m, g, t])
@@ -201,7 +205,7 @@ def output_blocks(key: KernelKey, C: int):
             with T.sblock("chunk_acc"):
                 vm, vd = T.axis.remap("SS", [m, d])
                 chunk_acc[vm, vd] = (
-                    _sum_of_planes(out, vm, vd, M, N) / p_gain[vm, vd // G] + p_zero[vm, vd // G]
+                    _sum_of_planes(out, vm, vd, M, N) * p_unit[vm, vd // G] + p_zero[vm, vd // G]
                 )
 
     return outputs
