@@ -16,7 +16,7 @@ from kivi_tvm.bench.record import Environment, Record
 from kivi_tvm.errors import UserError
 
 CACHE_COLUMNS = ("operation", "MB", "ms", "p20-p80", "torch", "MB", "ms")
-CACHE_WIDTH = 100
+WIDTH = 100  # of tables, at least: rich takes 80 columns without a terminal and cuts numbers
 COLUMNS = ("provider", "ms", "p20-p80", "MB", "GB/s", "read", "speed", "error")
 CACHE_NOTES = """\
 One layer, a cache of the tokens and half a window more. Every time is the median of calls on a copy
@@ -40,7 +40,7 @@ def print_attention(records: Sequence[Record]) -> None:
     baseline = next((r.timing for r in records if r.provider == BASELINE), None)
     for record in records:
         table.add_row(*_row(record, baseline.p50_us if baseline else None))
-    console = Console()
+    console = Console(width=max(WIDTH, Console().width))
     console.print(table)
     console.print(
         f"{environment.device}, {environment.threads} threads, commit "
@@ -99,8 +99,7 @@ def print_cache(records: Sequence[CacheRecord]) -> None:
         table.add_column(column, justify="left" if i in (0, 4) else "right", no_wrap=True)
     for row in _cache_rows(records):
         table.add_row(*row)
-    # where there is no terminal, rich takes 80 columns and cuts the numbers
-    console = Console(width=max(CACHE_WIDTH, Console().width))
+    console = Console(width=max(WIDTH, Console().width))
     console.print(table)
     console.print(_place(records[0].environment), highlight=False)
 

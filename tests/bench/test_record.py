@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,3 +64,10 @@ def test_plot_is_a_picture(tmp_path, records):
 
 def test_commit_is_none_outside_a_checkout(tmp_path):
     assert host._git(tmp_path, "ls-files", "--error-unmatch", "x") is None
+
+
+def test_numbers_are_not_cut_without_a_terminal(records, capsys):
+    """A provider's name takes 20 columns, and rich 80 in a pipe."""
+    report.print_attention([replace(each, provider="torch-sdpa-rows-bf16") for each in records])
+    out = capsys.readouterr().out
+    assert "1.0e-06" in out and "5.0e-01" in out and "\u2026" not in out
