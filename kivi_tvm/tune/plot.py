@@ -12,6 +12,8 @@ from kivi_tvm.tune.outcome import Outcome
 from kivi_tvm.tune.plan import MAIN_FUNCTION
 
 STYLES = ("-", "--", ":", "-.")
+COLORS = 10  # of matplotlib's cycle
+LABEL_INCHES = 0.21  # height of a line of the legend
 
 
 def plot(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
@@ -28,7 +30,9 @@ def plot(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     main = [each for each in curves if each.task.function == MAIN_FUNCTION]
     others = [each for each in curves if each.task.function != MAIN_FUNCTION]
     panels = [(name, x) for name, x in ((MAIN_FUNCTION, main), ("other functions", others)) if x]
-    figure = Figure(figsize=(5.5 * max(1, len(panels)), 4.5), layout="constrained")
+    labels = max((len(group) for _, group in panels), default=0)
+    size = 5.5 * max(1, len(panels)), 4.5 + LABEL_INCHES * labels
+    figure = Figure(figsize=size, layout="constrained")
     for axes, (name, group) in zip(
         figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels
     ):
@@ -48,12 +52,15 @@ def _draw(axes: Any, name: str, group: Sequence[Outcome]) -> None:
         workload = workloads.index(each.task.workload.id)
         # The first trial is the default.
         relative = [us / each.curve[0] for us in each.curve]
+        color, style = (
+            (workload % COLORS, workload // COLORS) if by_workload else (function, workload)
+        )
         axes.step(
             range(1, len(relative) + 1),
             relative,
             where="post",
-            color=f"C{workload if by_workload else function}",
-            linestyle=STYLES[0 if by_workload else workload % len(STYLES)],
+            color=f"C{color}",
+            linestyle=STYLES[style % len(STYLES)],
             label=_label(each, by_workload, len(workloads) > 1),
         )
     axes.axhline(1, color="gray", linewidth=0.8)
@@ -62,7 +69,8 @@ def _draw(axes: Any, name: str, group: Sequence[Outcome]) -> None:
     axes.set(title=name, xlabel="trial", ylabel="best time so far, of the default's")
     axes.set_ylim(top=1.02)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    # Below, where it hides no curve.
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _label(outcome: Outcome, by_workload: bool, several: bool) -> str:
