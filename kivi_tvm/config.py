@@ -115,8 +115,8 @@ class KiviConfig:
         Compute mode of `attend`: "float" (float32 arithmetic), "int8x2" (codes times the other
         operand as high and low int8: relative error below 1e-3) or "int8" (a single int8: 5e-2, up
         to 3e-1 with outlier channels or a peaked softmax); the latter two for at most 4 bits, and
-        "int8x2" is not yet faster than "float". "auto" is "float" today. The manifest names the
-        mode.
+        slower than "float" where the processor has no dot product of bytes. "int8x2" is about as
+        fast as "float" today, and "auto" is "float". The manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None

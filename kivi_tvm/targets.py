@@ -92,6 +92,11 @@ def identity(target: Target) -> dict[str, Any]:
     return target_names.identity(fields)
 
 
+def is_native(fields: Mapping[str, Any]) -> bool:
+    """Tell whether `identity` gave these fields of this machine's own processor."""
+    return dict(fields) == identity(_native())
+
+
 def slug(target: Target) -> str:
     """The name of the target's directory of tuning records, for example `llvm-x86_64-znver4`."""
     return target_names.slug(identity(target))

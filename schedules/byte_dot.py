@@ -22,7 +22,7 @@ def byte_dot(kind: str, lanes: int) -> str:
     """The name of the intrinsic for `lanes` 32-bit lanes; `kind` is `Hardware.byte_dot`."""
     name = f"kivi_tvm.byte_dot.{kind}.{lanes}"
     bytes_, words = f"int8x{4 * lanes}", f"int32x{lanes}"
-    product = _PRODUCTS[kind](lanes, bytes_, words)
+    product = _PRODUCTS[kind](lanes)
 
     @T.prim_func(s_tir=True)
     def description(
@@ -62,19 +62,21 @@ def byte_dot(kind: str, lanes: int) -> str:
     return name
 
 
-def _vnni(lanes: int, bytes_: str, words: str):
-    """AVX-512 VNNI or AVX-VNNI: vpdpbusd."""
-    call = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+def _one_instruction(call: str, lanes: int):
+    """An instruction that does all of it: vpdpbusd, or Arm's signed sdot.
+
+    Codes are at most 15, so that they are int8 as well as uint8.
+    """
 
     def product(total, codes, quads):
         return T.call_llvm_pure_intrin(
-            T.llvm_lookup_intrinsic_id(call), total, codes, quads, dtype=words
+            T.llvm_lookup_intrinsic_id(call), total, codes, quads, dtype=f"int32x{lanes}"
         )
 
     return product
 
 
-def _maddubs(lanes: int, bytes_: str, words: str):
+def _maddubs(lanes: int):
     """AVX2 and AVX-512 without VNNI: pairs of products fit int16, since codes are at most 15."""
     pairs = f"int16x{2 * lanes}"
     first, second = {
@@ -90,25 +92,17 @@ def _maddubs(lanes: int, bytes_: str, words: str):
             T.llvm_lookup_intrinsic_id(second),
             in_pairs,
             T.broadcast(T.int16(1), 2 * lanes),
-            dtype=words,
+            dtype=f"int32x{lanes}",
         )
 
     return product
 
 
-def _sdot(lanes: int, bytes_: str, words: str):
-    """Arm's signed dot product: codes are at most 15, so that they are int8 as well."""
-    call = f"llvm.aarch64.neon.sdot.v{lanes}i32.v{4 * lanes}i8"
-
-    def product(total, codes, quads):
-        return T.call_llvm_pure_intrin(
-            T.llvm_lookup_intrinsic_id(call), total, codes, quads, dtype=words
-        )
-
-    return product
-
-
-_PRODUCTS = {"vnni": _vnni, "maddubs": _maddubs, "sdot": _sdot}
+_PRODUCTS = {
+    "vnni": lambda n: _one_instruction(f"llvm.x86.avx512.vpdpbusd.{32 * n}", n),
+    "maddubs": _maddubs,
+    "sdot": lambda n: _one_instruction(f"llvm.aarch64.neon.sdot.v{n}i32.v{4 * n}i8", n),
+}
 
 
 @cache

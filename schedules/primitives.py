@@ -109,6 +109,21 @@ def fill_registers(sch: Schedule, block: SBlockRV) -> None:
     sch.vectorize(lane)
 
 
+def split_into_tiles(
+    sch: Schedule, name: str, row: LoopRV, lane: LoopRV, lanes: int, default: tuple[int, int]
+) -> tuple[list[LoopRV], LoopRV, LoopRV, LoopRV]:
+    """Split rows and a lane axis into register tiles: the loops over tiles, row, vector, lane."""
+    shape = extent_of(sch, row), extent_of(sch, lane) // lanes
+    rows, vectors = choose_tile(sch, f"{name}_tile", *shape, default)
+    row_tile, row = split_off(sch, row, rows)
+    vector, lane = split_off(sch, lane, lanes)
+    tile, vector = split_off(sch, vector, vectors)
+    outer = [row_tile, tile]
+    if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
+        outer.reverse()
+    return outer, row, vector, lane
+
+
 def contract_in_registers(
     sch: Schedule, block: SBlockRV, consumer: SBlockRV, default: tuple[int, int], lanes: int
 ) -> None:
@@ -126,14 +141,7 @@ def contract_in_registers(
     name = sch.get(block).name_hint
     row, lane = sch.get_loops(consumer)
     lanes = choose_lanes(sch, f"{name}_lanes", lanes, extent_of(sch, lane))
-    shape = extent_of(sch, row), extent_of(sch, lane) // lanes
-    rows, vectors = choose_tile(sch, f"{name}_tile", *shape, default)
-    row_tile, row = split_off(sch, row, rows)
-    vector, lane = split_off(sch, lane, lanes)
-    tile, vector = split_off(sch, vector, vectors)
-    outer = [row_tile, tile]
-    if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
-        outer.reverse()
+    outer, row, vector, lane = split_into_tiles(sch, name, row, lane, lanes, default)
     sch.reorder(*outer, row, vector, lane)
     sch.compute_at(block, outer[-1], preserve_unit_loops=True)
     sch.set_scope(block, 0, "local")
@@ -161,14 +169,7 @@ def contract_bytes_in_registers(
     block, unpacked = sch.get_sblock(name), sch.get_sblock(codes)
     row, lane, word, place, byte = sch.get_loops(block)[-5:]
     lanes = largest_divisor(extent_of(sch, lane), lanes)
-    shape = extent_of(sch, row), extent_of(sch, lane) // lanes
-    rows, vectors = choose_tile(sch, f"{name}_tile", *shape, default)
-    row_tile, row = split_off(sch, row, rows)
-    vector, lane = split_off(sch, lane, lanes)
-    tile, vector = split_off(sch, vector, vectors)
-    outer = [row_tile, tile]
-    if choose(sch, f"{name}_outer", ["rows", "vectors"], "rows") == "vectors":
-        outer.reverse()
+    outer, row, vector, lane = split_into_tiles(sch, name, row, lane, lanes, default)
     innermost = (lane, byte) if kind else (byte, lane)
     sch.reorder(*outer, word, place, row, vector, *innermost)
     for loop in (place, row, vector):

@@ -190,7 +190,7 @@ def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
 
     if args.runner == "rpc":
         return start.rpc_runner(place, args.tracker, args.tracker_key, args.threads)
-    if targets.identity(place.target) != targets.identity(targets.resolve("native")):
+    if not targets.is_native(targets.identity(place.target)):
         announce(
             f"`--target` is not this processor: records of {targets.slug(place.target)} will be "
             'marked "estimated", by the times of this one'

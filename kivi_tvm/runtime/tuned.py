@@ -43,9 +43,8 @@ def tune_command(cfg: KiviConfig, target: Mapping[str, Any]) -> str | None:
         return None
     from kivi_tvm import targets
 
-    here = dict(target) == targets.identity(targets.resolve("native"))
     fields = {name: x for name, x in target.items() if name not in ("machine", "system")}
-    name = "native" if here else shlex.quote(json.dumps(fields))
+    name = "native" if targets.is_native(target) else shlex.quote(json.dumps(fields))
     return (
         f"kivi-tvm tune --target {name} --head-dim {cfg.D} --num-heads {cfg.H} "
         f"--num-kv-heads {cfg.H_kv} --bits {cfg.key_bits} {cfg.value_bits} "

@@ -32,7 +32,7 @@ def publisher(
     What this machine measures for another processor is "estimated".
     """
     identity = targets.identity(target)
-    elsewhere = runner.method == "local" and identity != targets.identity(targets.resolve("native"))
+    elsewhere = runner.method == "local" and not targets.is_native(identity)
     kind = "estimated" if elsewhere else "measured"
     measured_with = {**current_versions(), **(versions or {})}
 

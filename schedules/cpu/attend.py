@@ -53,9 +53,9 @@ def offers(key: KernelKey) -> Offers:
 
 def attend(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend` for SIMD lanes and threads."""
-    lanes = hardware.float32_lanes
+    lanes, integers = hardware.float32_lanes, in_integers(sch)
     # 1. contractions: codes are unpacked in registers, once for all rows of a tile
-    if in_integers(sch):
+    if integers:
         for name, quads in (("dot", "k_quad"), ("out", "v_quad")):
             contract_bytes_in_registers(sch, name, quads, TILE, lanes, hardware.byte_dot)
         for name in ("q_quad", "p_quad"):
@@ -65,11 +65,11 @@ def attend(sch: Schedule, hardware: Hardware) -> None:
         contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE, lanes)
     # 2. reductions by lanes
     width = choose_width(sch, "reduced", lanes)
-    for name in (*REDUCED, *(REDUCED_IN_INTEGERS if in_integers(sch) else ())):
+    for name in (*REDUCED, *(REDUCED_IN_INTEGERS if integers else ())):
         reduce_by_lanes(sch, sch.get_sblock(name), width)
     # 3. elementwise stages
     width = choose_width(sch, "elementwise", lanes)
-    for name in (*ELEMENTWISE, *(ELEMENTWISE_IN_INTEGERS if in_integers(sch) else ())):
+    for name in (*ELEMENTWISE, *(ELEMENTWISE_IN_INTEGERS if integers else ())):
         vectorize_last(sch, sch.get_sblock(name), width)
     # 4. threads
     parallelize(sch, sch.get_sblock("split"))
