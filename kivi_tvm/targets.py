@@ -61,7 +61,7 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
         )
     _check_kind(kind)
     native = _native()
-    if "mtriple" in found.attrs and _machine(found) != _machine(native):
+    if _machine(found) != _machine(native):
         raise UserError(
             f"`target` must be this machine's architecture {_machine(native)}, "
             f"got {_machine(found)}"
@@ -199,7 +199,9 @@ def _fields(target: str | Mapping[str, Any]) -> str | dict[str, Any]:
 
 
 def _machine(target: Target) -> str:
-    return str(target.attrs["mtriple"]).split("-", 1)[0]
+    """The architecture; LLVM takes this machine's where the target names none."""
+    named = target.attrs.get("mtriple")
+    return str(named or codegen.llvm_get_system_triple()).split("-", 1)[0]
 
 
 def _native() -> Target:

@@ -71,6 +71,13 @@ def test_features_are_kept_without_a_named_processor():
     assert targets.identity(found) != targets.identity(native)
 
 
+def test_a_target_without_a_triple_is_of_this_machine():
+    native = targets.resolve("native")
+    found = targets.resolve({"kind": "llvm", "mcpu": native.attrs["mcpu"]})
+    assert "mtriple" not in found.attrs
+    assert targets.hardware(found).vector_bits == targets.hardware(native).vector_bits
+
+
 def test_a_target_from_its_identity_gives_the_same_schedule():
     from artifacts import CFG
 
