@@ -459,40 +459,37 @@ class Session:
         self.device = device
         self.case: Json = {}
         self.timed: list[TimedCall] = []
-        self.running = 0  # of a comparison's candidates
+        self.running: int | None = None  # of a comparison's candidates
         for suffix in ("", "_cuda") if device == "cuda" else ("",):
             ctypes.CDLL(str(runtime_library(suffix)), mode=os.RTLD_GLOBAL)
 
     def answer(self, request: Json, at: Callable[[int], None]) -> Json:
         """The answer to one request."""
+        self.running = None
         try:
             if request["do"] == "compare":
                 return self._compare(request, at)
             found: Json = getattr(self, f"do_{request['do']}")(request)
             return found
         except Wrong as error:
-            return _failure("wrong", str(error))
+            failure = _failure("wrong", str(error))
         except OSError as error:
-            return _failure("load", str(error))
+            failure = _failure("load", str(error))
         except Exception as error:
-            return _failure("crash", f"{type(error).__name__}: {error}")
+            failure = _failure("crash", f"{type(error).__name__}: {error}")
+        return failure | ({} if self.running is None else {"culprit": self.running})
 
     def _compare(self, request: Json, at: Callable[[int], None]) -> Json:
-        """The samples of every library, or a failure and which of them it is of."""
+        """The samples of every library."""
 
         def begin(i: int) -> None:
             self.running = i
             at(i)
 
         kernels = []
-        try:
-            for self.running, path in enumerate(request["libraries"]):
-                kernels.append(self._kernel(path))
-            return {"times_us": compare_kernels(self._calls(), kernels, request["rounds"], begin)}
-        except Exception as error:
-            kind = "load" if isinstance(error, OSError) else "crash"
-            found = _failure(kind, f"{type(error).__name__}: {error}")
-            return found | {"culprit": self.running}
+        for self.running, path in enumerate(request["libraries"]):
+            kernels.append(self._kernel(path))
+        return {"times_us": compare_kernels(self._calls(), kernels, request["rounds"], begin)}
 
     def do_device(self, request: Json) -> Json:
         return {"name": device_name(self.device), "kind": self.device, "threads": _threads()}
