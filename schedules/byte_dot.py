@@ -1,9 +1,8 @@
 """Dot products of four bytes in one instruction, as tensor intrinsics.
 
-`byte_dot` multiplies the four bytes of a 32-bit lane (codes, at most 15) with four int8 numbers
-that all lanes share, and adds the products to an int32. `quads` brings int8 numbers in the order
-of the codes of a word: those of bits `b s` of all four bytes side by side. Both are plain TensorIR
-to whoever reads the operator; only what is emitted differs from chip to chip.
+`byte_dot` multiplies the four bytes of a 32-bit lane (codes, at most 15) with the four int8 of a
+quad that all lanes share, and adds the products to an int32. It is plain TensorIR to whoever reads
+the operator; only what is emitted differs from chip to chip.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from functools import cache
 
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
-
-WORD_BYTES = 4
-VECTOR_BYTES = 64
 
 
 @cache
@@ -27,35 +23,32 @@ def byte_dot(kind: str, lanes: int) -> str:
     @T.prim_func(s_tir=True)
     def description(
         codes: T.Buffer((lanes,), "uint32", offset_factor=1, scope="local"),
-        quad: T.Buffer((4,), "int8", offset_factor=1),
+        quad: T.Buffer((1,), "int32", offset_factor=1),
         total: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
-            T.reads(total[0:lanes], codes[0:lanes], quad[0:4])
+            T.reads(total[0:lanes], codes[0:lanes], quad[0])
             T.writes(total[0:lanes])
             for i, b in T.grid(lanes, 4):
                 with T.sblock("update"):
                     vi, vb = T.axis.remap("SR", [i, b])
                     total[vi] = total[vi] + T.Cast(
                         "int32", (codes[vi] >> T.Cast("uint32", vb * 8)) & T.uint32(255)
-                    ) * T.Cast("int32", quad[vb])
+                    ) * ((quad[0] << (24 - vb * 8)) >> 24)
 
     @T.prim_func(s_tir=True)
     def implementation(
         codes: T.Buffer((lanes,), "uint32", offset_factor=1, scope="local"),
-        quad: T.Buffer((4,), "int8", offset_factor=1),
+        quad: T.Buffer((1,), "int32", offset_factor=1),
         total: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
-            T.reads(total[0:lanes], codes[0:lanes], quad[0:4])
+            T.reads(total[0:lanes], codes[0:lanes], quad[0])
             T.writes(total[0:lanes])
             total[T.ramp(T.int32(0), 1, lanes)] = product(
                 total.vload([0], dtype=words),
                 T.reinterpret(codes.vload([0], dtype=f"uint32x{lanes}"), dtype=bytes_),
-                T.reinterpret(
-                    T.broadcast(T.reinterpret(quad.vload([0], "int8x4"), dtype="int32"), lanes),
-                    dtype=bytes_,
-                ),
+                T.reinterpret(T.broadcast(quad[0], lanes), dtype=bytes_),
             )
 
     TensorIntrin.register(name, description, implementation)
@@ -103,40 +96,3 @@ _PRODUCTS = {
     "maddubs": _maddubs,
     "sdot": lambda n: _one_instruction(f"llvm.aarch64.neon.sdot.v{n}i32.v{4 * n}i8", n),
 }
-
-
-@cache
-def quads(words: int, codes_per_byte: int) -> str:
-    """The name of the intrinsic that reorders int8 numbers for so many words of codes."""
-    name = f"kivi_tvm.quads.{words}.{codes_per_byte}"
-    S = codes_per_byte
-    W = WORD_BYTES * S
-    count = words * W
-    order = [i * W + b * S + s for i in range(words) for s in range(S) for b in range(4)]
-    indices = [T.int32(place) for place in order]
-
-    @T.prim_func(s_tir=True)
-    def description(
-        plain: T.Buffer((count,), "int8", offset_factor=1),
-        quad: T.Buffer((words, S, 4), "int8", offset_factor=1),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(plain[0:count])
-            T.writes(quad[0:words, 0:S, 0:4])
-            for i, s, b in T.grid(words, S, 4):
-                with T.sblock("update"):
-                    vi, vs, vb = T.axis.remap("SSS", [i, s, b])
-                    quad[vi, vs, vb] = plain[vi * W + vb * S + vs]
-
-    @T.prim_func(s_tir=True)
-    def implementation(
-        plain: T.Buffer((count,), "int8", offset_factor=1),
-        quad: T.Buffer((words, S, 4), "int8", offset_factor=1),
-    ) -> None:
-        with T.sblock("root"):
-            T.reads(plain[0:count])
-            T.writes(quad[0:words, 0:S, 0:4])
-            quad.vstore([0, 0, 0], T.Shuffle([plain.vload([0], dtype=f"int8x{count}")], indices))
-
-    TensorIntrin.register(name, description, implementation)
-    return name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from kivi_tvm.schedules.byte_dot import VECTOR_BYTES, byte_dot, quads
+from kivi_tvm.schedules.byte_dot import byte_dot
 from kivi_tvm.schedules.choices import choose
+from kivi_tvm.schedules.lane_reduce import lane_reduce
 
-SUMMED_LANES = 4
 # Registers for a tile's accumulators: of 32, some hold codes and operands.
 MAX_ACCUMULATORS = 24
 
@@ -16,6 +17,11 @@ MAX_ACCUMULATORS = 24
 def largest_divisor(extent: int, limit: int) -> int:
     """The largest divisor of `extent` that is at most `limit`."""
     return max(d for d in range(1, min(extent, limit) + 1) if extent % d == 0)
+
+
+def largest_power_of_two(extent: int, limit: int) -> int:
+    """The largest power of two that divides `extent` and is at most `limit`."""
+    return next(n for n in (1 << i for i in range(30, -1, -1)) if n <= limit and extent % n == 0)
 
 
 def extent_of(sch: Schedule, loop: LoopRV) -> int:
@@ -43,17 +49,35 @@ def choose_width(sch: Schedule, name: str, lanes: int) -> int:
 
 
 def reduce_by_lanes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
-    """Reduce the innermost loop in `lanes` partial results first.
+    """Reduce the innermost loop in at most `lanes` partial results first, then these by shuffles.
 
     LLVM keeps the order of float additions, so a serial reduction is never vectorized.
     """
-    _, lane = split_off(sch, sch.get_loops(block)[-1], lanes)
+    loop = sch.get_loops(block)[-1]
+    lanes = largest_power_of_two(extent_of(sch, loop), lanes)
+    _, lane = sch.split(loop, [None, lanes])
     partial = sch.rfactor(lane, factor_axis=-1)
     *_, step, lane = sch.get_loops(partial)
     sch.vectorize(lane)
     init = sch.decompose_reduction(partial, step)
     sch.vectorize(sch.get_loops(init)[-1])
-    sch.decompose_reduction(block, sch.get_loops(block)[-1])
+    fold_lanes(sch, block)
+
+
+def fold_lanes(sch: Schedule, block: SBlockRV) -> None:
+    """Reduce the innermost loop, over one vector of partial results, by shuffles if it can be."""
+    lane = sch.get_loops(block)[-1]
+    lanes, kind = extent_of(sch, lane), reduction(sch, block)
+    sch.decompose_reduction(block, lane)
+    if kind is not None and largest_power_of_two(lanes, lanes) == lanes:
+        sch.tensorize(lane, lane_reduce(kind, lanes))
+
+
+def reduction(sch: Schedule, block: SBlockRV) -> str | None:
+    """How a block of float32 reduces, in `lane_reduce`'s words; None if it is none of them."""
+    body = sch.get(block).body
+    kinds = {tirx.Add: "sum", tirx.Max: "max", tirx.Min: "min"}
+    return kinds.get(type(body.value)) if body.buffer.dtype == "float32" else None
 
 
 def divisors(extent: int, limit: int) -> list[int]:
@@ -189,14 +213,6 @@ def contract_bytes_in_registers(
         sch.tensorize(lane, byte_dot(kind, lanes))
 
 
-def reorder_quads(sch: Schedule, block: SBlockRV) -> None:
-    """Bring int8 numbers in the order of the codes of words, a register of them at a time."""
-    word, place, byte = sch.get_loops(block)[-3:]
-    places = extent_of(sch, place)
-    word, inner = split_off(sch, word, VECTOR_BYTES // (places * extent_of(sch, byte)))
-    sch.tensorize(inner, quads(extent_of(sch, inner), places))
-
-
 def unroll_off(sch: Schedule, name: str, loop: LoopRV) -> list[LoopRV]:
     """Unroll all iterations of a loop, or as many as the choice `name` says; the loops it becomes.
 
@@ -229,8 +245,8 @@ def dot_by_lanes(sch: Schedule, block: SBlockRV, accumulators: int, lanes: int) 
     sch.reorder(row_tile, tile, step, row, column, lane)
     fill_registers(sch, partial)
     fill_registers(sch, sch.decompose_reduction(partial, step))
-    # 2. their sums, four lanes at a time instead of one scalar addition per lane
-    reduce_by_lanes(sch, block, SUMMED_LANES)
+    # 2. their sums
+    fold_lanes(sch, block)
 
 
 def reduce_over_rows(sch: Schedule, block: SBlockRV, lanes: int) -> None:

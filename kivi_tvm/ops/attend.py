@@ -173,7 +173,9 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                         T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
                         base = T.meta_var(first + vc * C)
                         page = T.sblock_alloc_buffer((PAGES,), "int32")
-                        q_zero = T.sblock_alloc_buffer((M, PAGES, N_k), "float32")
+                        key_zero = T.sblock_alloc_buffer((C // G_k, D), "float32")
+                        value_zero = T.sblock_alloc_buffer((N_v, C), "float32")
+                        q_zero = T.sblock_alloc_buffer((M, C // G_k), "float32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
                         prob = T.sblock_alloc_buffer((M, C), "float32")
                         p_zero = T.sblock_alloc_buffer((M, N_v), "float32")
@@ -198,27 +200,34 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                             fetch_k[0](k_code, there, head)
                             fetch_k[1](k_scale, there, head)
                             fetch_k[2](k_zero, there, head)
-                        for m, j, g, d in T.grid(M, PAGES, N_k, D):
-                            with T.sblock("q_zero"):
-                                vm, vj, vg, vd = T.axis.remap("SSSR", [m, j, g, d])
-                                with T.init():
-                                    q_zero[vm, vj, vg] = T.float32(0)
-                                q_zero[vm, vj, vg] += q_scaled[vm, vd] * T.Cast(
-                                    "float32", k_zero[page[vj], vh, vg, vd]
+                        for g, d in T.grid(C // G_k, D):
+                            with T.sblock("key_zero"):
+                                vg, vd = T.axis.remap("SS", [g, d])
+                                key_zero[vg, vd] = T.Cast(
+                                    "float32", k_zero[page[vg // N_k], vh, vg % N_k, vd]
                                 )
+                        for m, g, d in T.grid(M, C // G_k, D):
+                            with T.sblock("q_zero"):
+                                vm, vg, vd = T.axis.remap("SSR", [m, g, d])
+                                with T.init():
+                                    q_zero[vm, vg] = T.float32(0)
+                                q_zero[vm, vg] += q_scaled[vm, vd] * key_zero[vg, vd]
                         scores(q_fold, k_code, k_scale, page, vh, packed - base, q_zero, score)
                         softmax(score, chunk_max, prob, chunk_sum)
+                        for g, t in T.grid(N_v, C):
+                            with T.sblock("value_zero"):
+                                vg, vt = T.axis.remap("SS", [g, t])
+                                value_zero[vg, vt] = T.Select(
+                                    base + vt < packed,
+                                    T.Cast("float32", v_zero[page[vt // P], vh, vg, vt % P]),
+                                    T.float32(0),
+                                )
                         for m, g, t in T.grid(M, N_v, C):
                             with T.sblock("p_zero"):
                                 vm, vg, vt = T.axis.remap("SSR", [m, g, t])
                                 with T.init():
                                     p_zero[vm, vg] = T.float32(0)
-                                p_zero[vm, vg] += T.Select(
-                                    base + vt < packed,
-                                    prob[vm, vt]
-                                    * T.Cast("float32", v_zero[page[vt // P], vh, vg, vt % P]),
-                                    T.float32(0),
-                                )
+                                p_zero[vm, vg] += prob[vm, vt] * value_zero[vg, vt]
                         outputs(prob, v_code, v_scale, page, vh, packed - base, p_zero, chunk_acc)
                     with T.sblock("merge"):
                         vc = T.axis.opaque(CHUNKS, c)

@@ -40,20 +40,25 @@ def score_blocks(key: KernelKey, C: int):
 
     @T.macro
     def scores(q_fold, k_code, k_scale, page, head, left, q_zero, score):
-        q_key = T.sblock_alloc_buffer((M, C // P, P // G, D), "float32")
+        scale = T.sblock_alloc_buffer((C // G, D), "float32")
+        q_key = T.sblock_alloc_buffer((M, C // G, D), "float32")
         dot = T.sblock_alloc_buffer((M, C), "float32")
-        for m, j, g, d in T.grid(M, C // P, P // G, D):
-            with T.sblock("q_key"):
-                vm, vj, vg, vd = T.axis.remap("SSSS", [m, j, g, d])
-                q_key[vm, vj, vg, vd] = q_fold[vm, vd] * T.Cast(
-                    "float32", k_scale[page[vj], head, vg, vd]
+        for g, d in T.grid(C // G, D):
+            with T.sblock("key_scale"):
+                vg, vd = T.axis.remap("SS", [g, d])
+                scale[vg, vd] = T.Cast(
+                    "float32", k_scale[page[vg // (P // G)], head, vg % (P // G), vd]
                 )
+        for m, g, d in T.grid(M, C // G, D):
+            with T.sblock("q_key"):
+                vm, vg, vd = T.axis.remap("SSS", [m, g, d])
+                q_key[vm, vg, vd] = q_fold[vm, vd] * scale[vg, vd]
         for m, t, w, i in T.grid(M, C, D // W, W):
             with T.sblock("dot"):
                 vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
                 with T.init():
                     dot[vm, vt] = T.float32(0)
-                dot[vm, vt] += q_key[vm, vt // P, vt % P // G, order.element(vw, vs)] * T.Cast(
+                dot[vm, vt] += q_key[vm, vt // G, order.element(vw, vs)] * T.Cast(
                     "float32",
                     k_code[page[vt // P], head, vw, vt % P]
                     & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
@@ -63,7 +68,7 @@ def score_blocks(key: KernelKey, C: int):
                 vm, vt = T.axis.remap("SS", [m, t])
                 score[vm, vt] = T.Select(
                     vt < left,
-                    dot[vm, vt] + q_zero[vm, vt // P, vt % P // G],
+                    dot[vm, vt] + q_zero[vm, vt // G],
                     T.min_value("float32"),
                 )
 
@@ -78,18 +83,22 @@ def output_blocks(key: KernelKey, C: int):
 
     @T.macro
     def outputs(prob, v_code, v_scale, page, head, left, p_zero, chunk_acc):
+        scale = T.sblock_alloc_buffer((D // G, C), "float32")
         p_fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
         out = T.sblock_alloc_buffer((M, D), "float32")
-        for m, g, t in T.grid(M, D // G, C):
-            with T.sblock("p_fold"):
-                vm, vg, vt = T.axis.remap("SSS", [m, g, t])
-                p_fold[vm, vg, vt] = T.Select(
+        for g, t in T.grid(D // G, C):
+            with T.sblock("value_scale"):
+                vg, vt = T.axis.remap("SS", [g, t])
+                scale[vg, vt] = T.Select(
                     vt < left,
-                    prob[vm, vt]
-                    * T.Cast("float32", v_scale[page[vt // P], head, vg, vt % P])
+                    T.Cast("float32", v_scale[page[vt // P], head, vg, vt % P])
                     * _power(order.shift(order.slot(vt))),
                     T.float32(0),
                 )
+        for m, g, t in T.grid(M, D // G, C):
+            with T.sblock("p_fold"):
+                vm, vg, vt = T.axis.remap("SSS", [m, g, t])
+                p_fold[vm, vg, vt] = prob[vm, vt] * scale[vg, vt]
         for m, d, w, i in T.grid(M, D, C // W, W):
             with T.sblock("out"):
                 vm, vd, vw, vs = T.axis.remap("SSRR", [m, d, w, i])

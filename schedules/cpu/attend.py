@@ -14,7 +14,6 @@ from kivi_tvm.schedules.primitives import (
     divisors,
     parallelize,
     reduce_by_lanes,
-    reorder_quads,
     vectorize_last,
 )
 from kivi_tvm.targets import Hardware
@@ -23,11 +22,11 @@ from kivi_tvm.targets import Hardware
 TILE = 4, 2
 
 ELEMENTWISE = (
-    "q_scaled", "q_fold", "start_acc", "q_key", "prob", "p_fold", "new_acc", "keep_acc",
-    "store_acc",
+    "q_scaled", "start_acc", "key_zero", "key_scale", "q_key", "prob", "value_zero", "value_scale",
+    "p_fold", "new_acc", "keep_acc", "store_acc",
 )  # fmt: skip
 
-ELEMENTWISE_IN_INTEGERS = "q_byte", "score", "p_byte", "chunk_acc"
+ELEMENTWISE_IN_INTEGERS = "q_quad", "score", "p_order", "p_quad", "chunk_acc"
 REDUCED = "q_zero", "max", "sum", "p_zero"
 REDUCED_IN_INTEGERS = "q_peak", "p_peak"
 
@@ -38,16 +37,16 @@ MAX_CHUNK_SCORES = 16384  # float32 numbers, of which there are four per score: 
 def offers(key: KernelKey) -> Offers:
     """Longer chunks have fewer ends; their scores take more cache.
 
-    Hints to fetch memory gain where the cache is cold and a page's part of a head is small: on two
-    cores of a Zen 4 at 8192 tokens 1.15 times at D=64, M=4, nothing at D=128, M=1, and where the
-    best tiles are found beside them up to 1.5 times. A warm cache only pays for them.
+    Hints to fetch memory gain where the cache is cold, as a model's is: on two cores of a Zen 4 at
+    8192 tokens 1.05 times at D=128, M=4 in every compute mode, nothing at M=1, and where the best
+    tiles are found beside them up to 1.5 times. A warm cache only pays for them.
     """
     most = min(MAX_CHUNK_TOKENS, MAX_CHUNK_SCORES // key.rows)
     pages = divisors(key.split_tokens // key.page_size, max(1, most // key.page_size))
     options = sorted({key.chunk_tokens, *(n * key.page_size for n in pages)})
     return {
         "chunk_tokens": (options, key.chunk_tokens),
-        "prefetch": (["none", "values", "next"], "none"),
+        "prefetch": (["none", "values", "next"], "next"),
     }
 
 
@@ -56,10 +55,8 @@ def attend(sch: Schedule, hardware: Hardware) -> None:
     lanes, integers = hardware.float32_lanes, in_integers(sch)
     # 1. contractions: codes are unpacked in registers, once for all rows of a tile
     if integers:
-        for name, quads in (("dot", "k_quad"), ("out", "v_quad")):
-            contract_bytes_in_registers(sch, name, quads, TILE, lanes, hardware.byte_dot)
-        for name in ("q_quad", "p_quad"):
-            reorder_quads(sch, sch.get_sblock(name))
+        for name, codes in (("dot", "k_quad"), ("out", "v_quad")):
+            contract_bytes_in_registers(sch, name, codes, TILE, lanes, hardware.byte_dot)
     else:
         contract_in_registers(sch, sch.get_sblock("dot"), sch.get_sblock("score"), TILE, lanes)
         contract_in_registers(sch, sch.get_sblock("out"), sch.get_sblock("chunk_acc"), TILE, lanes)
