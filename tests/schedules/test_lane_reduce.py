@@ -10,7 +10,6 @@ from tvm.script import tirx as T
 from kivi_tvm.schedules.lane_reduce import lane_reduce
 from kivi_tvm.schedules.primitives import reduce_by_lanes
 
-
 EXPECTED = {
     "sum": lambda x: x.double().sum(1),
     "max": lambda x: x.double().amax(1),
