@@ -1,72 +1,29 @@
-"""Decode attention of one layer: the compiled cache beside torch on an unquantized one.
+"""Decode attention of one layer: the compiled cache beside torch and other implementations.
 
 Ours is the whole `decode` call (append, attend, combine, state), the peers compute attention on
-tensors that already hold the new token: the comparison never favours us.
+tensors that already hold the new token, or store one: the comparison never favours us.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
-import torch
-
-from kivi_tvm import layout
-from kivi_tvm.bench import harness, peers
-from kivi_tvm.bench.harness import Timing
-from kivi_tvm.bench.provider import Provider
+from kivi_tvm.bench import harness, ours, peers
+from kivi_tvm.bench.provider import Provider, Setting
 from kivi_tvm.bench.record import Environment, Record
-from kivi_tvm.config import KiviConfig
-from kivi_tvm.database import Found
-from kivi_tvm.reference import ReferenceCache
-from kivi_tvm.runtime.module import Module, build, build_with
-from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import cache_bytes
-from kivi_tvm.workloads import Inputs, Workload, make_inputs
+from kivi_tvm.workloads import Workload, make_inputs
 
 READ = "read"
 
 
-def kivi_bytes(cfg: KiviConfig, lengths: Sequence[int]) -> int:
-    """Bytes that `attend` must read: tokens whose key and value are packed, and the windows."""
-    total = 0
-    for length in lengths:
-        pages = layout.page_buffers(cfg, layout.num_pages(cfg, layout.packed_values(cfg, length)))
-        total += sum(buffer.nbytes for buffer in pages.values())
-        window = 2 * cfg.H_kv * min(length, cfg.R) * cfg.D
-        total += window * layout.DTYPE_BYTES[cfg.dtype]
-    return total
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Records of one workload in one state, and which default peers are missing, and why."""
 
-
-def modules(cfg: KiviConfig, target: str) -> dict[str, Module]:
-    """What is built for users, and beside it the default schedules if that is tuned."""
-    from kivi_tvm import targets
-
-    built = {"kivi-tvm": build(cfg, target)}
-    if "tuned" in built["kivi-tvm"].manifest["sources"].values():
-        built["kivi-tvm-default"] = build_with(cfg, targets.resolve(target), Found())
-    return built
-
-
-def ours(name: str, module: Module, w: Workload, inputs: Inputs, copies: int) -> Provider:
-    """`decode` of `copies` compiled caches; every call makes its cache one token longer."""
-    q, k_new, v_new = inputs.q[0], inputs.k_new[0], inputs.v_new[0]
-    expected = ReferenceCache(w.cfg, w.batch_size)
-    expected.prefill(inputs.k, inputs.v, inputs.lengths)
-    calls = []
-    for _ in range(copies):
-        cache = module.new_cache(num_layers=1, batch_size=w.batch_size)
-        cache.prefill(inputs.k, inputs.v, lengths=inputs.lengths)
-        calls.append(partial(cache.decode, q, k_new, v_new))
-    nbytes = kivi_bytes(w.cfg, [length + 1 for length in w.row_lengths])
-    return Provider(
-        name=name,
-        source=module.manifest["sources"]["attend"],
-        calls=calls,
-        nbytes=nbytes,
-        expected=expected.decode(q, k_new, v_new),
-        tolerance=limit(getattr(torch, w.dtype), compute=w.cfg.compute_mode),
-    )
+    records: list[Record]
+    left_out: dict[str, str]
 
 
 def compare(
@@ -78,66 +35,65 @@ def compare(
     timings = harness.interleave({**cases, READ: harness.read_case()}, rounds)
     read_gb_per_s = timings[READ].gb_per_s(harness.READ_BUFFER_BYTES)
     environment = Environment.current()
-
-    def record(provider: Provider) -> Record:
-        timing: Timing | None = timings.get(provider.name)
-        return Record(
+    return [
+        Record(
             op="decode_attention",
-            workload=w.id,
-            tokens=w.tokens,
+            workload=w,
             provider=provider.name,
+            kind=provider.kind,
             source=provider.source,
+            compute=provider.compute,
+            auto=provider.auto,
+            padded=provider.padded,
             target=target,
             state=state,
             error=errors[provider.name],
             tolerance=provider.tolerance,
             bytes=provider.nbytes,
-            timing=timing,
+            timing=timings.get(provider.name),
             read_gb_per_s=round(read_gb_per_s, 3),
             environment=environment,
         )
-
-    return [record(provider) for provider in providers]
+        for provider in providers
+    ]
 
 
 def run(
     w: Workload,
     state: str = "cold",
-    peer_names: Sequence[str] = tuple(peers.DEFAULT_PEERS),
+    peer_names: Sequence[str] | None = None,
+    compute: Sequence[str] | None = None,
     rounds: int = 10,
     target: str = "native",
-) -> list[Record]:
+) -> Result:
     """Benchmark workload `w` with the caches in `state`.
 
     Parameters
     ----------
     w : Workload
-        Rows of equal length.
     state : str
         "cold": in turn over copies larger than the last-level cache; "warm": one copy.
-    peer_names : sequence of str
-        Names in `peers.PEERS`.
+    peer_names : sequence of str, optional
+        Names in `peers.PEERS`; default those marked so that can run here.
+    compute : sequence of str, optional
+        Compute modes of ours; default all that the bits allow.
     rounds : int
         Each gives four samples per provider.
     target : str
 
     Returns
     -------
-    list of Record
-        Ours first: as built, and with default schedules if that is tuned. A record without a timing
-        failed its check.
+    Result
+        Ours first: in each mode as built, and with default schedules if that is tuned. A record
+        without a timing failed its check.
+
+    Raises
+    ------
+    UserError
+        A mode or a peer that was named cannot run.
     """
-    dtypes = {name: peers.parse(name)[1] for name in peer_names}
-    inputs = make_inputs(w)
-    l3 = cache_bytes("cpu")
-
-    def copies(nbytes: int) -> int:
-        return harness.copies_for(nbytes, state, l3)
-
-    own_copies = copies(kivi_bytes(w.cfg, w.row_lengths))
-    providers = [
-        ours(name, module, w, inputs, own_copies) for name, module in modules(w.cfg, target).items()
-    ]
-    for name, dtype in dtypes.items():
-        providers.append(peers.torch_peer(name, w, inputs, copies(peers.cache_bytes(w, dtype))))
-    return compare(w, providers, state, rounds, target)
+    peers.check(peer_names)
+    setting = Setting(w, make_inputs(w), state, cache_bytes("cpu"))
+    own = list(ours.providers(setting, compute, target))
+    others, left_out = peers.make(setting, peer_names)
+    return Result(compare(w, [*own, *others], state, rounds, target), left_out)

@@ -19,6 +19,8 @@ STATES = ("warm", "cold")
 # Copies must not survive a full turn: four times L3 also defeats a cache that is not strictly LRU.
 COLD_FACTOR = 4
 READ_BUFFER_BYTES = 512 << 20
+# Workers of OpenVINO were seen to spin for 1.2 ms after a call.
+SETTLE_S = 0.003
 
 Call = Callable[[], object]
 
@@ -65,12 +67,14 @@ def interleave(
     rounds: int,
     burst: int = 4,
     clock: Callable[[], int] = time.perf_counter_ns,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> dict[str, Timing]:
     """Time all cases in turn: per round `burst` timed calls of each, after one that is not timed.
 
-    The untimed call lets the threads of the previous case (OpenMP workers spin for a while after
-    their work) leave the cores. Every call takes the next copy of its case; all copies are called
-    once before the first round. The order is reversed every second round.
+    A pause and the untimed call let the threads of the previous case (workers spin for a while
+    after their work) leave the cores, and wake those of this one. Every call takes the next copy of
+    its case; all copies are called once before the first round. The order is reversed every second
+    round.
 
     Parameters
     ----------
@@ -80,6 +84,8 @@ def interleave(
         `rounds * burst` samples per case.
     clock : callable
         Nanoseconds.
+    sleep : callable
+        Waits for some seconds.
 
     Returns
     -------
@@ -103,6 +109,7 @@ def interleave(
             run(name)
     for number in range(rounds):
         for name in list(cases)[:: -1 if number % 2 else 1]:
+            sleep(SETTLE_S)
             run(name)
             times[name] += [run(name) for _ in range(burst)]
     return {name: Timing.of(samples) for name, samples in times.items()}

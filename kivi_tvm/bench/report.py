@@ -1,4 +1,4 @@
-"""Tables and the plot of benchmark records."""
+"""Tables of call overhead and of operations on a cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from rich.table import Table
 
 from kivi_tvm.bench.cache import OURS, CacheRecord
 from kivi_tvm.bench.overhead import LIMIT_US, Overhead
-from kivi_tvm.bench.peers import BASELINE
-from kivi_tvm.bench.record import Environment, Record
-from kivi_tvm.errors import UserError
+from kivi_tvm.bench.record import Environment
 
 CACHE_COLUMNS = ("operation", "MB", "ms", "p20-p80", "torch", "MB", "ms")
 WIDTH = 100  # of tables, at least: rich takes 80 columns without a terminal and cuts numbers
-COLUMNS = ("provider", "ms", "p20-p80", "MB", "GB/s", "read", "speed", "error")
 CACHE_NOTES = """\
 One layer, a cache of the tokens and half a window more. Every time is the median of calls on a copy
 of its own, and each operation's result was checked in the same run: contents equal those of rows
@@ -29,45 +26,7 @@ to keys and values in full precision, in the model's dtype; for `decode` and `ex
 attention that ours includes. `extend` computes the queries of 16 tokens, however few there are."""
 
 
-def print_attention(records: Sequence[Record]) -> None:
-    """One table for the records of one workload in one state."""
-    first = records[0]
-    environment = first.environment
-    title = f"{first.op} {first.workload}, {first.state}"
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
-    baseline = next((r.timing for r in records if r.provider == BASELINE), None)
-    for record in records:
-        table.add_row(*_row(record, baseline.p50_us if baseline else None))
-    console = Console(width=max(WIDTH, Console().width))
-    console.print(table)
-    console.print(
-        f"{environment.device}, {environment.threads} threads, commit "
-        f"{environment.commit or 'unknown'}; read: share of the {first.read_gb_per_s:.1f} GB/s at "
-        f"which memory was read in this run; speed: {BASELINE} is 1",
-        highlight=False,
-    )
-
-
-def _row(record: Record, baseline_us: float | None) -> list[str]:
-    error = f"{record.error:.1e}"
-    if record.timing is None:
-        return [record.provider, "[red]wrong", *[""] * (len(COLUMNS) - 3), f"[red]{error}"]
-    timing, rate = record.timing, record.timing.gb_per_s(record.bytes)
-    return [
-        record.provider,
-        _ms(timing.p50_us),
-        f"{_ms(timing.p20_us)}-{_ms(timing.p80_us)}",
-        f"{record.bytes / 1e6:.1f}",
-        f"{rate:.1f}",
-        f"{rate / record.read_gb_per_s:.0%}",
-        f"{baseline_us / timing.p50_us:.2f}" if baseline_us else "",
-        error,
-    ]
-
-
-def _ms(time_us: float) -> str:
+def ms(time_us: float) -> str:
     """Milliseconds in three digits, or all of the whole ones."""
     time_ms = time_us / 1e3
     return f"{time_ms:.0f}" if time_ms >= 1000 else f"{time_ms:.3g}"
@@ -101,7 +60,7 @@ def print_cache(records: Sequence[CacheRecord]) -> None:
         table.add_row(*row)
     console = Console(width=max(WIDTH, Console().width))
     console.print(table)
-    console.print(_place(records[0].environment), highlight=False)
+    console.print(place(records[0].environment), highlight=False)
 
 
 def write_cache(path: Path, records: Sequence[CacheRecord], command: str) -> None:
@@ -117,7 +76,7 @@ def write_cache(path: Path, records: Sequence[CacheRecord], command: str) -> Non
         lines += ["", f"## {_cache_title(group[0])}", "", _markdown(CACHE_COLUMNS)]
         lines += [_markdown(["---" if i in (0, 4) else "--:" for i in range(len(CACHE_COLUMNS))])]
         lines += [_markdown(row) for row in _cache_rows(group)]
-    lines += ["", f"{_place(environment)}; {versions}."]
+    lines += ["", f"{place(environment)}; {versions}."]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -143,45 +102,15 @@ def _cache_cells(record: CacheRecord) -> list[str]:
     if record.timing is None:
         return [f"{record.bytes / 1e6:.1f}", "wrong", ""]
     timing = record.timing
-    spread = f"{_ms(timing.p20_us)}-{_ms(timing.p80_us)}"
-    return [f"{record.bytes / 1e6:.1f}", _ms(timing.p50_us), spread]
+    spread = f"{ms(timing.p20_us)}-{ms(timing.p80_us)}"
+    return [f"{record.bytes / 1e6:.1f}", ms(timing.p50_us), spread]
 
 
 def _markdown(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _place(environment: Environment) -> str:
+def place(environment: Environment) -> str:
+    """Processor, threads and commit."""
     commit = environment.commit or "unknown"
     return f"{environment.device}, {environment.threads} threads, commit {commit}"
-
-
-def plot_attention(records: Sequence[Record], path: Path) -> None:
-    """Median time over tokens, one line per provider and state, both axes logarithmic.
-
-    Raises
-    ------
-    UserError
-        matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("`--plot` needs matplotlib: pip install 'kivi-tvm[bench]'") from error
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for record in records:
-        if record.timing is not None:
-            points = lines.setdefault((record.provider, record.state), [])
-            points.append((record.tokens, record.timing.p50_us / 1e3))
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in lines))}
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for (name, state), points in lines.items():
-        x, y = zip(*sorted(points), strict=True)
-        line = "-" if state == "cold" else "--"
-        axes.plot(x, y, line, marker="o", color=colors[name], label=f"{name} ({state})")
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms per decode")
-    axes.set_title(f"{records[0].environment.device}, {records[0].environment.threads} threads")
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150)

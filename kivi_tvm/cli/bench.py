@@ -1,4 +1,4 @@
-"""`kivi-tvm bench`: attention against torch, call overhead, and operations on a cache."""
+"""`kivi-tvm bench`: attention against peers, call overhead, and operations on a cache."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kivi_tvm.cli import COMMANDS
+from kivi_tvm.cli import COMMANDS, bench_attention
 from kivi_tvm.errors import UserError
 
 if TYPE_CHECKING:
     from kivi_tvm.bench.cache import CacheRecord
-    from kivi_tvm.bench.record import Record
     from kivi_tvm.workloads import Workload
 
 CHECK_FAILED = 1
@@ -23,40 +22,23 @@ def add_parser(subparsers: Any) -> None:
     """Add `bench` and its benchmarks to the command line."""
     parser = subparsers.add_parser("bench", help=COMMANDS["bench"], description=COMMANDS["bench"])
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    attention = benchmarks.add_parser("attention", help="decode attention against torch's ways")
+    attention = benchmarks.add_parser("attention", help=bench_attention.SUMMARY)
     overhead = benchmarks.add_parser("overhead", help="cost of a decode call besides its kernels")
     cache = benchmarks.add_parser("cache", help="bytes and time of every operation on a cache")
-    _add_attention_options(attention)
+    bench_attention.add_options(attention)
     _add_cache_options(cache)
     for each in (attention, overhead, cache):
         each.add_argument("--model", default="llama3-8b", help="geometry (default: %(default)s)")
-        each.add_argument("--bits", type=int, default=2, help="bits per code (default: 2)")
-        each.add_argument("--group-size", type=int, default=32, help="default: 32")
         each.add_argument("--residual-length", type=int, default=128, help="default: 128")
         each.add_argument("--dtype", default="float16", help="default: float16")
-        each.add_argument("--compute", default="auto", help="mode of attention (default: auto)")
         each.add_argument("--target", default="native", help="default: native")
         each.add_argument("--threads", type=int, help="threads of both sides (default: torch's)")
         each.add_argument("--rounds", type=int, default=10, help="default: 10")
         each.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_attention_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[4096, 32768], help="default: 4096 32768"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
-    parser.add_argument("--data", default="normal", help="kind of inputs (default: normal)")
-    parser.add_argument(
-        "--state",
-        nargs="+",
-        choices=("cold", "warm"),
-        default=["cold"],
-        help="cold (default): caches that together exceed L3, in turn; warm: one cache",
-    )
-    parser.add_argument("--peers", nargs="*", help="names of peers (default: bf16 and fp32 ones)")
-    parser.add_argument("--output", type=Path, help="append the records to this JSONL file")
-    parser.add_argument("--plot", type=Path, help="write a plot to this file (needs matplotlib)")
+    for each in (overhead, cache):
+        each.add_argument("--bits", type=int, default=2, help="bits per code (default: 2)")
+        each.add_argument("--group-size", type=int, default=32, help="default: 32")
+        each.add_argument("--compute", default="auto", help="mode of attention (default: auto)")
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -86,11 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _workload(args: argparse.Namespace) -> Workload:
-    """The workload of the options that all benchmarks share, checked as a whole."""
-    from kivi_tvm.workloads import MODELS
-
-    if args.model not in MODELS:
-        raise UserError(f"`--model` must be one of {list(MODELS)}, got {args.model!r}")
+    """The workload of the options that most benchmarks share, checked as a whole."""
     options = {
         "key_bits": args.bits,
         "value_bits": args.bits,
@@ -99,7 +77,15 @@ def _workload(args: argparse.Namespace) -> Workload:
         "dtype": args.dtype,
         "compute": args.compute,
     }
-    return _changed(MODELS[args.model], options)
+    return _changed(_model(args), options)
+
+
+def _model(args: argparse.Namespace) -> Workload:
+    from kivi_tvm.workloads import MODELS
+
+    if args.model not in MODELS:
+        raise UserError(f"`--model` must be one of {list(MODELS)}, got {args.model!r}")
+    return MODELS[args.model]
 
 
 def _changed(workload: Workload, options: dict[str, Any]) -> Workload:
@@ -113,26 +99,11 @@ def _changed(workload: Workload, options: dict[str, Any]) -> Workload:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    from kivi_tvm.bench import attention, peers, record, report
-
-    base = _changed(_workload(args), {"batch_size": args.batch_size, "data": args.data})
-    workloads = [_changed(base, {"tokens": tokens}) for tokens in args.tokens]
-    names = peers.DEFAULT_PEERS if args.peers is None else args.peers
-    records: list[Record] = []
-    for workload in workloads:
-        for state in args.state:
-            found = attention.run(workload, state, names, args.rounds, args.target)
-            if not args.json:
-                report.print_attention(found)
-            records += found
-    if args.output:
-        record.append_jsonl(args.output, records)
-    if args.plot:
-        report.plot_attention(records, args.plot)
-    if args.json:
-        plain = [each.to_dict() for each in records]
-        print(json.dumps({"benchmark": "attention", "records": plain}))
-    return 0 if all(each.passed for each in records) else CHECK_FAILED
+    base = _changed(
+        _model(args),
+        {"residual_length": args.residual_length, "dtype": args.dtype, "data": args.data},
+    )
+    return 0 if bench_attention.run(args, base) else CHECK_FAILED
 
 
 def _overhead(args: argparse.Namespace) -> int:

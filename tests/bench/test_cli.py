@@ -21,14 +21,36 @@ def bench(*arguments):
 def test_attention_prints_one_object_and_appends_records(tmp_path):
     path = tmp_path / "records.jsonl"
     options = ["--tokens", "300", "--state", "warm", "--peers", "torch-matmul-fp32"]
+    options += ["--compute", "auto"]
     done = bench("attention", *SMALL, *options, "--output", str(path), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     ours, peer = result["records"]
-    assert (ours["provider"], peer["provider"]) == ("kivi-tvm", "torch-matmul-fp32")
+    mode = ours["compute"]
+    assert (ours["provider"], peer["provider"]) == (f"kivi-tvm-{mode}", "torch-matmul-fp32")
+    assert (ours["auto"], ours["kind"], peer["kind"]) == (True, "ours", "32-bit")
     assert ours["passed"] and ours["error"] <= 1e-5
     assert 0 < ours["p20_us"] <= ours["p50_us"] <= ours["p80_us"]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == result["records"]
+    errors = result["errors"]
+    assert [each["data"] for each in errors] == ["normal", "outlier", "peaked", "zero_mean"]
+    assert all(each["error"] < each["quantization_error"] for each in errors)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == errors + result["records"]
+
+
+def test_attention_prints_ratios_errors_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the bench extra")
+    path = tmp_path / "plot.png"
+    options = ["--tokens", "200", "--batch-size", "2", "3", "--ragged", "--compute", "float"]
+    peers = ["--peers", "torch-matmul-bf16", "torch-sdpa-rows-bf16"]
+    small = [*SMALL, *options, *peers, "--state", "warm"]
+    assert main(["bench", "attention", *small, "--plot", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("rows of 100 to 200 tokens, warm") == 2
+    assert printed.count("x the best padded 16-bit peer (torch-") == 2
+    assert printed.count("% of the floor of ") == 2
+    assert "error of decode by compute mode" in printed
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_overhead_names_its_kernels():
@@ -50,6 +72,12 @@ def test_overhead_names_its_kernels():
         (["--data", "odd"], ("`data` must be one of", "'odd'")),
         (["--tokens", "-1"], ("`tokens` must not be negative", "-1")),
         (["--peers", "flash"], ("`peers` must be among", "'flash'")),
+        (["--compute", "int7"], ("`compute` must be among", "'int7'")),
+        (["--compute", "int8", "--bits", "8"], ("at most 4 bits for 'int8'", "got 8")),
+        (["--queries-per-kv", "5"], ("`queries_per_kv` must divide num_heads=32", "5")),
+        (["--head-dim", "100"], ("`head_dim` must be one of", "100")),
+        (["--ragged"], ("`batch_size` must be at least 2 for ragged rows", "1")),
+        (["--plot", "x.odd"], ("`--plot` must end in one of", "x.odd")),
         (["--rounds", "0"], ("`--rounds` must be at least 1", "0")),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",

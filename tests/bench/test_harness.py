@@ -30,7 +30,11 @@ def test_cases_take_turns_and_copies_rotate():
         "a": [lambda: seen.append("a0"), lambda: seen.append("a1")],
         "b": [lambda: seen.append("b0")],
     }
-    timings = harness.interleave(cases, rounds=2, burst=2, clock=counting_clock())
+    timings = harness.interleave(
+        cases, rounds=2, burst=2, clock=counting_clock(), sleep=seen.append
+    )
+    assert [each for each in seen if not isinstance(each, str)] == [harness.SETTLE_S] * 4
+    seen = [each for each in seen if isinstance(each, str)]
     start, first, second = seen[:3], seen[3:9], seen[9:]
     assert start == ["a0", "a1", "b0"]
     assert first == ["a0", "a1", "a0", "b0", "b0", "b0"]
