@@ -65,7 +65,7 @@ def ours(name: str, module: Module, w: Workload, inputs: Inputs, copies: int) ->
         calls=calls,
         nbytes=nbytes,
         expected=expected.decode(q, k_new, v_new),
-        tolerance=limit(getattr(torch, w.dtype), compute=w.cfg.compute_mode),
+        tolerance=limit(getattr(torch, w.dtype), compute=module.manifest["compute"]),
     )
 
 

@@ -137,7 +137,7 @@ def test_build_uses_records_of_exactly_its_target(good, native, root, capfd, tmp
 def test_a_kernel_that_is_not_tuned_is_announced_once(good, native, root, capsys):
     identity = targets.identity(native)
     for _ in range(2):
-        assert not tuned.find_records(CFG, identity).records
+        assert not tuned.find_records(CFG, KEY, identity).records
     (line,) = capsys.readouterr().err.splitlines()
     assert targets.slug(native) in line and KEY.slug in line
     assert line.endswith(
@@ -165,7 +165,7 @@ def test_a_stale_record_of_the_user_does_not_hide_the_package_s(
     identity = targets.identity(native)
     publish(tmp_path / "package", identity, KEY, {"combine": good})
     publish(root, identity, KEY, {"combine": changed(good, schedule_hash="0" * 16)})
-    made = compile_kernels(KEY, native, tuned.find_records(CFG, identity))
+    made = compile_kernels(KEY, native, tuned.find_records(CFG, KEY, identity))
     assert made.sources["combine"] == "tuned" and made.tuning["combine"]["origin"] == "package"
     (line,) = capsys.readouterr().err.splitlines()
     assert "stale, the package's instead" in line
