@@ -146,7 +146,7 @@ def hardware(target: Target) -> Hardware:
 
 
 def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:
-    """What a module of `cfg` for `target` depends on, with the compute mode that "auto" is there."""
+    """What a module of `cfg` for `target` depends on, with the mode that "auto" is there."""
     return cfg.kernel_key(byte_dot=hardware(target).byte_dot is not None)
 
 
