@@ -258,7 +258,7 @@ class KiviConfig:
         return max(MIN_PAGE_SIZE, self.G_k) if self.page_size is None else self.page_size
 
     def compute_mode(self, byte_dot: bool = False) -> str:
-        """The mode that `compute` is where the processor has dot products of bytes (`byte_dot`) or not.
+        """The mode that `compute` is, where the processor has dot products of bytes or not.
 
         "auto" is "int8x2" with them, for at most 4 bits, unless the caches are float32: whoever
         asks for these wants the exact mode.
