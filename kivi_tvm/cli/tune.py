@@ -202,7 +202,7 @@ def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
 
 
 def _with_mode(workload: Workload, target: Target) -> Workload:
-    """`workload` in the compute mode of builds for `target`; its name tells which if not "float"."""
+    """`workload` in the compute mode of builds for `target`; its name tells it if not "float"."""
     from kivi_tvm import targets
 
     mode = targets.kernel_key(workload.cfg, target).compute
