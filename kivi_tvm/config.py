@@ -115,8 +115,9 @@ class KiviConfig:
         Compute mode of `attend`: "float" (float32 arithmetic), "int8x2" (codes times the other
         operand as high and low int8: relative error below 1e-3) or "int8" (a single int8: 5e-2, up
         to 3e-1 with outlier channels or a peaked softmax); the latter two for at most 4 bits, and
-        slower than "float" where the processor has no dot product of bytes. "int8x2" is about as
-        fast as "float" today, and "auto" is "float". The manifest names the mode.
+        slower than "float" where the processor has no dot product of bytes. "auto" is the fastest
+        one whose error is at most a tenth of what quantization itself brings on such data:
+        "int8x2" where it can be had, "float" for float32 caches. The manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None
@@ -256,13 +257,22 @@ class KiviConfig:
     def P(self) -> int:
         return max(MIN_PAGE_SIZE, self.G_k) if self.page_size is None else self.page_size
 
-    @property
-    def compute_mode(self) -> str:
-        """The mode that `compute` resolves to; "auto" is "float" until a faster one qualifies."""
-        return "float" if self.compute == "auto" else self.compute
+    def compute_mode(self, byte_dot: bool = False) -> str:
+        """The mode that `compute` is, where the processor has dot products of bytes or not.
 
-    def kernel_key(self, pack_order: str = "plain") -> KernelKey:
-        """The part of this configuration that a compiled module depends on."""
+        "auto" is "int8x2" with them, for at most 4 bits, unless the caches are float32: whoever
+        asks for these wants the exact mode.
+        """
+        if self.compute != "auto":
+            return self.compute
+        few = max(self.key_bits, self.value_bits) <= MAX_INTEGER_BITS
+        return "int8x2" if byte_dot and few and self.dtype != "float32" else "float"
+
+    def kernel_key(self, pack_order: str = "plain", byte_dot: bool = False) -> KernelKey:
+        """The part of this configuration that a compiled module depends on.
+
+        `byte_dot` as for `compute_mode`; `targets.kernel_key` knows it of a target.
+        """
         return KernelKey(
             head_dim=self.D,
             queries_per_kv=self.M,
@@ -273,7 +283,7 @@ class KiviConfig:
             page_size=self.P,
             dtype=self.dtype,
             pack_order=pack_order,
-            compute=self.compute_mode,
+            compute=self.compute_mode(byte_dot),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -174,9 +174,9 @@ def _config_problems(record: dict[str, Any]) -> list[str]:
         return [f"`kernel_key` and `config` must be a build's: {error}"]
     if cfg is None:
         return []
-    of_config = replace(cfg.kernel_key(key.pack_order), rows_per_query=key.rows_per_query)
-    if of_config != key:
-        return [f"`config` must have the kernel key {key.slug}, got {of_config.slug}"]
+    keys = [cfg.kernel_key(key.pack_order, byte_dot) for byte_dot in (True, False)]
+    if key not in [replace(each, rows_per_query=key.rows_per_query) for each in keys]:
+        return [f"`config` must have the kernel key {key.slug}, got {keys[0].slug}"]
     return []
 
 

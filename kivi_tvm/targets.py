@@ -11,6 +11,7 @@ from tvm import get_global_func
 from tvm.target import Target, codegen, list_tags
 
 from kivi_tvm import target_names
+from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
 
@@ -142,6 +143,11 @@ def hardware(target: Target) -> Hardware:
     widths = (bits for feature, bits in VECTOR_BITS.items() if feature in features)
     width = next(widths, 128) if _is_x86(target) else int(codegen.llvm_get_vector_width(target))
     return Hardware(model="cpu", vector_bits=width, byte_dot=byte_dot)
+
+
+def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:
+    """What a module of `cfg` for `target` depends on, with the mode that "auto" is there."""
+    return cfg.kernel_key(byte_dot=hardware(target).byte_dot is not None)
 
 
 def _is_x86(target: Target) -> bool:

@@ -1,6 +1,6 @@
 """A configuration states its rules: every one that is broken is named with its value."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from configurations import CONFIGS
@@ -83,7 +83,16 @@ def test_defaults_and_short_names():
     assert (cfg.G_k, cfg.G_v, cfg.R, cfg.P) == (32, 32, 128, 32)
     assert KiviConfig(**GOOD, group_size=64).P == 64
     assert KiviConfig(64, 71, 1).M == 71
-    assert cfg.compute_mode == "float"
+
+
+def test_auto_is_a_mode_by_what_the_processor_can_and_the_cache_is():
+    cfg = KiviConfig(**GOOD)
+    assert (cfg.compute_mode(), cfg.compute_mode(byte_dot=True)) == ("float", "int8x2")
+    assert replace(cfg, dtype="float32").compute_mode(byte_dot=True) == "float"
+    assert replace(cfg, value_bits=8).compute_mode(byte_dot=True) == "float"
+    for mode in ("float", "int8x2", "int8"):
+        assert replace(cfg, compute=mode, dtype="float32").compute_mode(byte_dot=True) == mode
+    assert cfg.kernel_key(byte_dot=True) == replace(cfg, compute="int8x2").kernel_key()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

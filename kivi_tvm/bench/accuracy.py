@@ -70,7 +70,7 @@ def measure(
         setting = Setting(short, inputs, "warm", 0)
         right = ours.expected(short, inputs)
         quantization = relative_l2(right, setting.exact(inputs.q[0], setting.keys, setting.values))
-        for mode, auto in ours.modes(short, compute).items():
+        for mode, auto in ours.modes(short, compute, target).items():
             module = build(replace(short, compute=mode).cfg, target)
             error = relative_l2(ours.call(module, short, inputs)(), right)
             found.append(

@@ -36,7 +36,9 @@ def kivi_bytes(cfg: KiviConfig, lengths: Sequence[int]) -> int:
     return total
 
 
-def modes(w: Workload, names: Sequence[str] | None = None) -> dict[str, bool]:
+def modes(
+    w: Workload, names: Sequence[str] | None = None, target: str = "native"
+) -> dict[str, bool]:
     """Compute modes to run, and whether "auto" takes it; one that "auto" takes is run once.
 
     Parameters
@@ -44,6 +46,8 @@ def modes(w: Workload, names: Sequence[str] | None = None) -> dict[str, bool]:
     w : Workload
     names : sequence of str, optional
         Of `COMPUTE_MODES`; default all that the bits of `w` allow.
+    target : str
+        What "auto" depends on.
 
     Raises
     ------
@@ -54,7 +58,8 @@ def modes(w: Workload, names: Sequence[str] | None = None) -> dict[str, bool]:
     if names is None:
         fits = most <= MAX_INTEGER_BITS
         names = [mode for mode in COMPUTE_MODES if fits or mode not in INTEGER_MODES]
-    taken = replace(w, compute="auto").cfg.compute_mode
+    auto = replace(w, compute="auto").cfg
+    taken = targets.kernel_key(auto, targets.resolve(target)).compute
     found: dict[str, bool] = {}
     for name in names:
         if name not in COMPUTE_MODES:
@@ -93,7 +98,7 @@ def providers(setting: Setting, compute: Sequence[str] | None, target: str) -> I
     w, inputs = setting.w, setting.inputs
     right = expected(w, inputs)
     nbytes = kivi_bytes(w.cfg, setting.lengths)
-    for mode, auto in modes(w, compute).items():
+    for mode, auto in modes(w, compute, target).items():
         for prefix, module in modules(replace(w, compute=mode).cfg, target).items():
             name = prefix.replace("kivi-tvm", f"kivi-tvm-{mode}")
             source = module.manifest["sources"]["attend"]

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, base: Workload) -> bool:
     workloads = sweep.workloads(base, axes, args.ragged)
     peers.check(args.peers)
     for workload in workloads:
-        ours.modes(workload, args.compute)
+        ours.modes(workload, args.compute, args.target)
     errors = _errors(args, workloads)
     records, left_out = _times(args, workloads)
     everything: list[PlainData] = [*errors, *records]

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from kivi_tvm.host import find_cxx
 from kivi_tvm.notices import announce
 
 if TYPE_CHECKING:
+    from tvm.target import Target
+
     from kivi_tvm.tune.builder import Builder
     from kivi_tvm.tune.candidate import Task
     from kivi_tvm.tune.outcome import Options, Result
@@ -157,8 +160,8 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
 
     model = args.cost_model or default_cost_model()
     check_cost_model(model)
-    tasks = _tasks(args.ops, found)
     target = targets.resolve(args.target)
+    tasks = _tasks(args.ops, [_with_mode(workload, target) for workload in found])
     if find_cxx() is None:
         raise UserError("`tune` needs a C++ compiler to link candidates (apt-get install g++)")
     options = Options(args.trials, budget, args.seed, model)
@@ -196,6 +199,14 @@ def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
             'marked "estimated", by the times of this one'
         )
     return start.local_runner(place, builder, args.threads)
+
+
+def _with_mode(workload: Workload, target: Target) -> Workload:
+    """`workload` in the compute mode of builds for `target`; its name tells it if not "float"."""
+    from kivi_tvm import targets
+
+    mode = targets.kernel_key(workload.cfg, target).compute
+    return workload if mode == "float" else replace(workload, compute=mode)
 
 
 def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:

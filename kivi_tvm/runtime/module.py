@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kivi_tvm.artifact import ArtifactError, Manifest, read_artifact, write_artifact
 from kivi_tvm.artifact_cache import CacheUnavailable, cached
 from kivi_tvm.cache_key import cache_name
-from kivi_tvm.config import KiviConfig
+from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.database import Found
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import find_cxx
@@ -189,7 +189,8 @@ def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") 
     from kivi_tvm import targets
 
     resolved = targets.resolve(target)
-    return build_with(cfg, resolved, find_records(cfg, targets.identity(resolved)))
+    key = targets.kernel_key(cfg, resolved)
+    return build_with(cfg, resolved, find_records(cfg, key, targets.identity(resolved)))
 
 
 def build_with(cfg: KiviConfig, target: Target, found: Found) -> Module:
@@ -201,10 +202,11 @@ def build_with(cfg: KiviConfig, target: Target, found: Found) -> Module:
         reason = "no C++ compiler was found (set CXX or install g++)"
         return _in_process(cfg, target, found, reason)
     flags = targets.required_cpu_flags(target)
-    name = cache_name(cfg.kernel_key(), targets.as_dict(target), flags, found.digest)
+    key = targets.kernel_key(cfg, target)
+    name = cache_name(key, targets.as_dict(target), flags, found.digest)
 
     def make(path: Path) -> None:
-        kernels = _compile(cfg, target, found)
+        kernels = _compile(key, target, found)
         write_artifact(path, kernels.manifest(), kernels.export)
 
     try:
@@ -236,18 +238,20 @@ def _copy(origin: Path, to: Path) -> None:
     shutil.copyfile(origin, to)
 
 
-def _compile(cfg: KiviConfig, target: Target, found: Found) -> CompiledKernels:
-    announce(f"compiling kernels {cfg.kernel_key().slug} (once; a few seconds)")
+def _compile(key: KernelKey, target: Target, found: Found) -> CompiledKernels:
+    announce(f"compiling kernels {key.slug} (once; a few seconds)")
     from kivi_tvm.compile import compile_kernels
 
     start = time.perf_counter()
-    kernels = compile_kernels(cfg.kernel_key(), target, found)
+    kernels = compile_kernels(key, target, found)
     announce(f"compiled {len(kernels.sources)} kernels in {time.perf_counter() - start:.1f} s")
     return kernels
 
 
 def _in_process(cfg: KiviConfig, target: Target, found: Found, reason: str) -> Module:
     announce(f"{reason}; kernels are compiled in process, for this process alone")
-    kernels = _compile(cfg, target, found)
+    from kivi_tvm import targets
+
+    kernels = _compile(targets.kernel_key(cfg, target), target, found)
     library = Library(kernels.executable, "in-process")
     return Module(cfg, library, kernels.manifest(), "in-process", kernels)

@@ -8,26 +8,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kivi_tvm.config import KiviConfig
+from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.database import Found, find
 from kivi_tvm.notices import announce_once
 from kivi_tvm.target_names import slug
 
 
-def find_records(cfg: KiviConfig, target: Mapping[str, Any]) -> Found:
+def find_records(cfg: KiviConfig, key: KernelKey, target: Mapping[str, Any]) -> Found:
     """The records for `cfg` on `target`; the user hears once if there are none.
 
     Parameters
     ----------
     cfg : KiviConfig
+    key : KernelKey
+        `targets.kernel_key` of `cfg` and the target.
     target : mapping
         `targets.identity` of the target.
     """
-    found = find(target, cfg.kernel_key())
+    found = find(target, key)
     if not found.records:
         command = tune_command(cfg, target)
         announce_once(
-            f"no tuning record on {slug(target)} for {cfg.kernel_key().slug}: default schedules "
+            f"no tuning record on {slug(target)} for {key.slug}: default schedules "
             "are used" + (f"; to tune them: {command}" if command else "")
         )
     return found

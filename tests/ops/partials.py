@@ -29,7 +29,7 @@ class Partials:
         found = self.acc[row, :, entry].double() / total[:, None]
         worst = score.abs().max().item()
         what = f"row {row} entry {entry}"
-        limited = limit(torch.float32, worst, self.cfg.compute_mode)
+        limited = limit(torch.float32, worst, self.cfg.compute_mode())
         assert_close(found, out, what=what, bound=bound or limited)
         lse = (top + total.log2()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
         assert_close(lse, score.logsumexp(-1), what=f"{what} lse", bound=limited)

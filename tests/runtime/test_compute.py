@@ -8,6 +8,7 @@ from configurations import module
 from inputs import draw
 from tolerance import assert_close, limit
 
+from kivi_tvm import build, load, targets
 from kivi_tvm.config import INTEGER_MODES, KiviConfig
 from kivi_tvm.reference import ReferenceCache
 
@@ -38,3 +39,26 @@ def test_decode_and_extend(compute):
     assert_close(found, plain, bound=bound)
     for row in range(len(LENGTHS)):
         assert_same_contents(caches[0], row, caches[1], row)
+
+
+def test_auto_takes_the_mode_that_the_processor_serves_best():
+    """Integers where the processor multiplies bytes, close to what "float" would give beside."""
+    cfg = replace(FLOAT, dtype="float16", compute="auto")
+    fast = targets.hardware(targets.resolve("native")).byte_dot is not None
+    made, plain = build(cfg), build(replace(cfg, compute="float"))
+    assert made.manifest["compute"] == ("int8x2" if fast else "float")
+    assert made.cfg == cfg and build(replace(cfg, dtype="float32")).manifest["compute"] == "float"
+    inputs = draw(cfg, max(LENGTHS), LENGTHS)
+    found = []
+    for module_of in (made, plain):
+        cache = module_of.new_cache(1, len(LENGTHS))
+        cache.prefill(inputs.k, inputs.v, lengths=LENGTHS)
+        found.append(cache.decode(inputs.q[0], inputs.k_new[0], inputs.v_new[0]))
+    assert_close(*found)
+
+
+def test_auto_is_saved_and_loaded(tmp_path):
+    made = build(replace(FLOAT, dtype="float16", compute="auto"))
+    made.save(tmp_path / "kernels.so")
+    loaded = load(tmp_path / "kernels.so")
+    assert loaded.cfg == made.cfg and loaded.manifest["compute"] == made.manifest["compute"]

@@ -12,7 +12,7 @@ from caches import assert_same_outputs, feed
 from configurations import FEW, module
 from inputs import draw
 
-from kivi_tvm import KiviConfig, build, load
+from kivi_tvm import KiviConfig, build, load, targets
 from kivi_tvm.errors import UserError
 
 CFG = FEW[0]
@@ -38,7 +38,8 @@ def test_a_second_build_comes_from_the_cache(tmp_path, monkeypatch, capfd):
 
 def test_manifest_says_what_the_kernels_are():
     found = module(CFG).manifest
-    assert found["kernel_key"] == CFG.kernel_key().to_dict()
+    key = targets.kernel_key(CFG, targets.resolve("native"))
+    assert found["kernel_key"] == key.to_dict()
     assert found["config"] == CFG.to_dict()
     assert found["target"]["kind"] == "llvm"
     assert set(found["sources"].values()) == {"default"} and "attend" in found["sources"]

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from artifacts import CFG
+from artifacts import CFG as AUTO
 from records import record
 
 from kivi_tvm import build, database, targets
@@ -15,6 +15,7 @@ from kivi_tvm.database import Found, publish
 from kivi_tvm.ops import FUNCTIONS
 from kivi_tvm.runtime import tuned
 
+CFG = replace(AUTO, compute="float")
 KEY = CFG.kernel_key()
 OTHER_KEY = CFG.kernel_key("other")
 # Scheduling all functions takes seconds.
@@ -137,12 +138,12 @@ def test_build_uses_records_of_exactly_its_target(good, native, root, capfd, tmp
 def test_a_kernel_that_is_not_tuned_is_announced_once(good, native, root, capsys):
     identity = targets.identity(native)
     for _ in range(2):
-        assert not tuned.find_records(CFG, identity).records
+        assert not tuned.find_records(CFG, KEY, identity).records
     (line,) = capsys.readouterr().err.splitlines()
     assert targets.slug(native) in line and KEY.slug in line
     assert line.endswith(
         "kivi-tvm tune --target native --head-dim 64 --num-heads 8 --num-kv-heads 2 --bits 2 2 "
-        "--group-size 32 --dtype float16"
+        "--group-size 32 --dtype float16 --compute float"
     )
 
 
@@ -165,7 +166,7 @@ def test_a_stale_record_of_the_user_does_not_hide_the_package_s(
     identity = targets.identity(native)
     publish(tmp_path / "package", identity, KEY, {"combine": good})
     publish(root, identity, KEY, {"combine": changed(good, schedule_hash="0" * 16)})
-    made = compile_kernels(KEY, native, tuned.find_records(CFG, identity))
+    made = compile_kernels(KEY, native, tuned.find_records(CFG, KEY, identity))
     assert made.sources["combine"] == "tuned" and made.tuning["combine"]["origin"] == "package"
     (line,) = capsys.readouterr().err.splitlines()
     assert "stale, the package's instead" in line

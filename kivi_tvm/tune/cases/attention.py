@@ -142,7 +142,7 @@ def _check_attend(task: Task, lengths: Lengths, data: str) -> Call:
     pool.store_keys(inputs.k)
     pool.store_values(inputs.v)
     entries = max(_splits(task, cfg, lengths)) + 2
-    parts = Partials(len(lengths), q.shape[1], entries, cfg.D, cfg.compute_mode)
+    parts = Partials(len(lengths), q.shape[1], entries, cfg.D, cfg.compute_mode())
     work = []
     for row, _, _ in pool.active():
         k, v = pool.dense_keys(inputs.k, row), pool.dense_values(inputs.v, row)
