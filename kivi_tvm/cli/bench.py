@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kivi_tvm.cli import COMMANDS
+from kivi_tvm.cli import COMMANDS, bench_generate
 from kivi_tvm.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     attention = benchmarks.add_parser("attention", help="decode attention against torch's ways")
     overhead = benchmarks.add_parser("overhead", help="cost of a decode call besides its kernels")
     cache = benchmarks.add_parser("cache", help="bytes and time of every operation on a cache")
+    bench_generate.add_parser(benchmarks)
     _add_attention_options(attention)
     _add_cache_options(cache)
     for each in (attention, overhead, cache):
@@ -178,4 +179,9 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-_BENCHMARKS = {"attention": _attention, "overhead": _overhead, "cache": _cache}
+_BENCHMARKS = {
+    "attention": _attention,
+    "overhead": _overhead,
+    "cache": _cache,
+    "generate": bench_generate.run,
+}
