@@ -64,6 +64,10 @@ class GenerateRecord:
         return self.timing is not None
 
     @property
+    def setting(self) -> Setting:
+        return Setting(self.family, self.bits, self.dtype)
+
+    @property
     def is_baseline(self) -> bool:
         return self.family == DYNAMIC
 
@@ -138,10 +142,9 @@ def run(
     left_out: dict[Setting, str] = {}
     records: list[GenerateRecord] = []
     for context in options.context:
-        found = _compare(text, name, context, left_out, say)
-        if with_peak:
-            found = [_with_peak(text, record, say) for record in found]
-        records += found
+        records += _compare(text, name, context, left_out, say)
+    if with_peak:
+        records = _with_peaks(text, records, say)
     named = [LeftOut(each.name, each.dtype, reason) for each, reason in left_out.items()]
     return Outcome(records, named)
 
@@ -232,12 +235,21 @@ def _record(
     )
 
 
-def _with_peak(text: Text, record: GenerateRecord, say: Callable[[str], None]) -> GenerateRecord:
-    if not record.passed:
-        return record
-    say(f"{record.cache}, {record.dtype}: peak memory at {record.context} tokens")
-    setting = Setting(record.family, record.bits, record.dtype)
-    return replace(record, peak=measured_apart(text.folder, text.options, setting, record.context))
+def _with_peaks(
+    text: Text, records: list[GenerateRecord], say: Callable[[str], None]
+) -> list[GenerateRecord]:
+    """The records that passed with peaks, one process per cache."""
+    peaks: dict[tuple[Setting, int], Peak] = {}
+    for setting in dict.fromkeys(record.setting for record in records if record.passed):
+        say(f"{setting.name}, {setting.dtype}: peak memory")
+        found = measured_apart(text.folder, text.options, setting)
+        peaks |= {(setting, context): peak for context, peak in zip(text.options.context, found)}
+    return [
+        replace(record, peak=peaks.get((record.setting, record.context)))
+        if record.passed
+        else record
+        for record in records
+    ]
 
 
 def _environment() -> Environment:

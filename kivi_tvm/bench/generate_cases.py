@@ -17,7 +17,7 @@ from kivi_tvm.hf.support import ATTENTION_NAME
 
 DYNAMIC, EAGER, KIVI = "dynamic", "dynamic-eager", "kivi"
 FAMILIES = (DYNAMIC, EAGER, KIVI, "quanto", "hqq")
-LABELS = {DYNAMIC: "DynamicCache", EAGER: "DynamicCache, eager", KIVI: "kivi-tvm"}
+LABELS = {DYNAMIC: "DynamicCache", EAGER: "DynamicCache eager", KIVI: "kivi-tvm"}
 CHECKED_STEPS = 8  # before the clock starts, compared with full precision
 WARM_TOKENS = 128  # a multiple of every group size
 
@@ -32,7 +32,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        label = LABELS.get(self.family, f"QuantizedCache {self.family}")
+        label = LABELS.get(self.family, self.family)
         return label if self.bits is None else f"{label} {self.bits}-bit"
 
 

@@ -52,8 +52,8 @@ def measure(text: Text, setting: Setting, context: int) -> Peak:
     return Peak(prefill - resident, _status_bytes("VmHWM") - resident)
 
 
-def measured_apart(folder: Path, options: Options, setting: Setting, context: int) -> Peak:
-    """`measure` in a fresh process with the same threads.
+def measured_apart(folder: Path, options: Options, setting: Setting) -> list[Peak]:
+    """`measure` at every context, in a fresh process with the same threads.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def measured_apart(folder: Path, options: Options, setting: Setting, context: in
 
     asked = {
         "folder": str(folder),
-        "options": asdict(options) | {"context": [context]},
+        "options": asdict(options),
         "setting": asdict(setting),
         "threads": torch.get_num_threads(),
     }
@@ -75,7 +75,7 @@ def measured_apart(folder: Path, options: Options, setting: Setting, context: in
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         raise UserError(f"the process that measures memory of {setting.name} failed: {words[0]}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+    return [Peak(**each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 def _forget_peak() -> bool:
@@ -100,18 +100,19 @@ def _give_back() -> None:
         trim(0)
 
 
-def _answer(asked: dict[str, Any]) -> Peak:
+def _answer(asked: dict[str, Any]) -> list[Peak]:
     import torch
 
     torch.set_num_threads(asked["threads"])
     plain = asked["options"]
     options = Options(**plain | {name: tuple(plain[name]) for name in TUPLES})
     text = Text(Path(asked["folder"]), options)
-    return measure(text, Setting(**asked["setting"]), options.context[0])
+    setting = Setting(**asked["setting"])
+    return [measure(text, setting, context) for context in options.context]
 
 
 if __name__ == "__main__":
     from kivi_tvm.hf import models
 
     models.quiet()
-    print(json.dumps(asdict(_answer(json.load(sys.stdin)))))
+    print(json.dumps([asdict(peak) for peak in _answer(json.load(sys.stdin))]))

@@ -31,26 +31,26 @@ WIDTH = 120  # of tables, at least: rich takes 80 columns without a terminal and
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 NOTES = f"""\
-speed and size: against DynamicCache in the same dtype, 1 being its own (speed: more is better,
-size: less). ms: the median decode step, fed the same tokens whatever was predicted; all caches of
-a context take turns of a few steps. tokens/s: from that median, prefill excluded. prefill: one
-sample. MB: what the cache holds after the last step (codes, scales, zeros, window, tables and
-scratch; tensors' storages). peak MB: highest resident memory above the loaded model during the
-prompt / during decoding, each cache in a fresh process. KL: mean over the first {CHECKED_STEPS}
-decode steps, nats, from {FULL_PRECISION.name} in float32; above half of that of the model without
-a cache a result is wrong. error: relative L2 of ours to the same algorithm in plain torch. A wrong
-result gets no time."""
+quanto, hqq: transformers' QuantizedCache. speed and size: against DynamicCache in the same dtype,
+1 being its own (speed: more is better, size: less). ms: the median decode step, fed the same tokens
+whatever was predicted; all caches of a context, in every dtype, take turns of a few steps.
+tokens/s: from that median, prefill excluded. prefill: one sample. MB: what the cache holds after
+the last step (codes, scales, zeros, window, tables and scratch; tensors' storages). peak MB:
+highest resident memory above the loaded model during the prompt / during decoding, each cache in a
+process of its own. KL: mean over the first {CHECKED_STEPS} decode steps, nats, from
+{FULL_PRECISION.name} in float32; above half of that of the model without a cache a result is wrong.
+error: relative L2 of ours to the same algorithm in plain torch. A wrong result gets no time."""
 PAGE_NOTES = """\
 `QuantizedCache` quantizes everything anew once per residual length. With fewer decode steps than
 that none is among its timed ones, which favours it. Some steps read tokens beyond the context that
-is named, in a model whose own is no longer also beyond that. `DynamicCache, eager` prefills with
+is named, and beyond what the model was trained for where the two are equal. `DynamicCache eager` prefills with
 sdpa and decodes with transformers' eager attention."""
 
 
 def print_outcome(outcome: Outcome) -> None:
     """One table per context, what was left out, and what the columns mean."""
     console = Console(width=max(WIDTH, Console().width), highlight=False)
-    for group in _by_context(outcome.records):
+    for group in _groups(outcome.records):
         table = Table(title=_title(group[0]), title_justify="left", box=SIMPLE)
         for column in COLUMNS:
             table.add_column(column, justify=_side(column), no_wrap=True)
@@ -67,7 +67,7 @@ def write_markdown(path: Path, outcome: Outcome, command: str) -> None:
     """Write the tables as one Markdown page that says how it was made."""
     lines = ["# Decode speed and memory of a model", ""]
     lines += [f"Written by `{command} --markdown FILE`.", "", NOTES, "", PAGE_NOTES]
-    for group in _by_context(outcome.records):
+    for group in _groups(outcome.records):
         lines += ["", f"## {_title(group[0])}", "", _markdown(COLUMNS)]
         lines += [_markdown(["---" if _side(x) == "left" else "--:" for x in COLUMNS])]
         lines += [_markdown(_row(record, group)) for record in group]
@@ -81,15 +81,17 @@ def write_markdown(path: Path, outcome: Outcome, command: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _by_context(records: Sequence[GenerateRecord]) -> list[list[GenerateRecord]]:
-    groups: dict[int, list[GenerateRecord]] = {}
+def _groups(records: Sequence[GenerateRecord]) -> list[list[GenerateRecord]]:
+    """Records of one table: one context and one dtype."""
+    groups: dict[tuple[int, str], list[GenerateRecord]] = {}
     for record in records:
-        groups.setdefault(record.context, []).append(record)
+        groups.setdefault((record.context, record.dtype), []).append(record)
     return list(groups.values())
 
 
 def _title(record: GenerateRecord) -> str:
-    return f"{record.model}, {record.context:,} tokens, then {record.steps} decode steps"
+    tokens = f"{record.context:,} tokens, then {record.steps} decode steps"
+    return f"{record.model}, {record.dtype}, {tokens}"
 
 
 def _side(column: str) -> Any:
@@ -97,16 +99,16 @@ def _side(column: str) -> Any:
 
 
 def _row(record: GenerateRecord, group: Sequence[GenerateRecord]) -> list[str]:
-    base = next((x for x in group if x.is_baseline and x.dtype == record.dtype), None)
+    base = next((x for x in group if x.is_baseline), None)
     size = f"{record.bytes / base.bytes:.2f}x" if base else ""
     checked, timing, rate = record.check, record.timing, record.tokens_per_s
     errors = [f"{checked.kl:.4f}", "" if checked.error is None else f"{checked.error:.1e}"]
-    name, held = f"{record.cache}, {record.dtype}", f"{record.bytes / 1e6:.2f}"
+    held = f"{record.bytes / 1e6:.2f}"
     if timing is None or rate is None:
-        return [name, "wrong", size, "", "", "", "", held, "", *errors]
+        return [record.cache, "wrong", size, "", "", "", "", held, "", *errors]
     against = base.tokens_per_s if base else None
     return [
-        name,
+        record.cache,
         f"{rate / against:.2f}x" if against else "",
         size,
         f"{rate:.1f}",
