@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from kivi_tvm.bench import harness
 from kivi_tvm.bench.generate_cases import (
     CHECKED_STEPS,
@@ -112,6 +114,15 @@ class Outcome:
     left_out: list[LeftOut]
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A cache that holds the prompt and the checked steps."""
+
+    subject: Subject
+    prefill_s: float
+    check: Check
+
+
 def run(
     folder: Path,
     name: str,
@@ -153,12 +164,25 @@ def _compare(
     text: Text, name: str, context: int, left_out: dict[Setting, str], say: Callable[[str], None]
 ) -> list[GenerateRecord]:
     """All caches at one context: prompts, checks, then timed steps in turn."""
+    prepared = _prepared(text, context, left_out, say)
+    say(f"decode steps in turn at {context} tokens")
+    good = {f"{s.name} {s.dtype}": [p.subject.step] for s, p in prepared.items() if p.check.passed}
+    timings = harness.interleave(good, text.options.rounds, text.options.burst) if good else {}
+    environment = _environment()
+    return [
+        _record(each, name, timings.get(f"{setting.name} {setting.dtype}"), environment)
+        for setting, each in prepared.items()
+    ]
+
+
+def _prepared(
+    text: Text, context: int, left_out: dict[Setting, str], say: Callable[[str], None]
+) -> dict[Setting, Prepared]:
+    """Every cache that was asked for with its prompt read and its first steps checked."""
     wanted = text.options.settings
-    subjects: dict[Setting, Subject] = {}
-    prefill_s: dict[Setting, float] = {}
-    checks: dict[Setting, Check] = {}
-    # First, whether or not it is asked for: the others are compared with it.
-    reference = None
+    found: dict[Setting, Prepared] = {}
+    reference: list[Tensor] | None = None
+    # Full precision first, whether or not it is asked for: the others are compared with it.
     for setting in dict.fromkeys((FULL_PRECISION, *wanted)):
         say(f"{setting.name}, {setting.dtype}: {context} tokens")
         subject = _warmed(text, setting, context, left_out)
@@ -166,23 +190,12 @@ def _compare(
             continue
         start = time.perf_counter()
         subject.prefill()
-        prefill_s[setting] = time.perf_counter() - start
+        prefill_s = time.perf_counter() - start
         logits = [subject.step() for _ in range(CHECKED_STEPS)]
         reference = logits if reference is None else reference
-        checks[setting] = check(subject, reference, logits)
         if setting in wanted:
-            subjects[setting] = subject
-    good = {each: [subjects[each].step] for each in subjects if checks[each].passed}
-    say(f"decode steps in turn at {context} tokens")
-    labels = {f"{each.name} {each.dtype}": each for each in good}
-    cases = {label: good[each] for label, each in labels.items()}
-    timed = harness.interleave(cases, text.options.rounds, text.options.burst) if cases else {}
-    timings = {labels[label]: timing for label, timing in timed.items()}
-    environment = _environment()
-    return [
-        _record(subject, name, prefill_s[each], timings.get(each), checks[each], environment)
-        for each, subject in subjects.items()
-    ]
+            found[setting] = Prepared(subject, prefill_s, check(subject, reference, logits))
+    return found
 
 
 def _warmed(
@@ -206,14 +219,9 @@ def _warmed(
 
 
 def _record(
-    subject: Subject,
-    name: str,
-    prefill_s: float,
-    timing: Timing | None,
-    checked: Check,
-    environment: Environment,
+    prepared: Prepared, name: str, timing: Timing | None, environment: Environment
 ) -> GenerateRecord:
-    setting = subject.setting
+    subject, setting = prepared.subject, prepared.subject.setting
     ours = models.modules(subject.cache)[0][0] if setting.family == KIVI else None
     return GenerateRecord(
         model=name,
@@ -224,11 +232,11 @@ def _record(
         detail=subject.detail,
         context=subject.context,
         steps=subject.position - subject.context,
-        prefill_s=prefill_s,
+        prefill_s=prepared.prefill_s,
         timing=timing,
         bytes=peer_caches.storage_bytes(subject.cache),
         peak=None,
-        check=checked,
+        check=prepared.check,
         compute=ours.cfg.compute_mode if ours else None,
         kernels=ours.manifest["sources"]["attend"] if ours else None,
         environment=environment,

@@ -42,8 +42,8 @@ process of its own. KL: mean over the first {CHECKED_STEPS} decode steps, nats, 
 error: relative L2 of ours to the same algorithm in plain torch. A wrong result gets no time."""
 PAGE_NOTES = """\
 `QuantizedCache` quantizes everything anew once per residual length. With fewer decode steps than
-that none is among its timed ones, which favours it. Some steps read tokens beyond the context that
-is named, and beyond what the model was trained for where the two are equal. `DynamicCache eager` prefills with
+that none is among its timed ones, which favours it. Steps read tokens beyond the context that is
+named, also where that is the longest the model was trained for. `DynamicCache eager` prefills with
 sdpa and decodes with transformers' eager attention."""
 
 
