@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kivi_tvm.cli import COMMANDS, bench_attention
+from kivi_tvm.cli import COMMANDS, bench_attention, bench_generate
 from kivi_tvm.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     attention = benchmarks.add_parser("attention", help=bench_attention.SUMMARY)
     overhead = benchmarks.add_parser("overhead", help="cost of a decode call besides its kernels")
     cache = benchmarks.add_parser("cache", help="bytes and time of every operation on a cache")
+    bench_generate.add_parser(benchmarks)
     bench_attention.add_options(attention)
     _add_cache_options(cache)
     for each in (attention, overhead, cache):
@@ -149,4 +150,9 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-_BENCHMARKS = {"attention": _attention, "overhead": _overhead, "cache": _cache}
+_BENCHMARKS = {
+    "attention": _attention,
+    "overhead": _overhead,
+    "cache": _cache,
+    "generate": bench_generate.run,
+}

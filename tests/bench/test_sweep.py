@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from kivi_tvm import targets
 from kivi_tvm.bench import ours, sweep
 from kivi_tvm.bench.sweep import Axes
 from kivi_tvm.errors import UserError
@@ -44,7 +45,7 @@ def test_ragged_rows_need_room():
 
 
 def test_modes_are_run_once_and_marked():
-    auto = BASE.cfg.compute_mode
+    auto = targets.kernel_key(BASE.cfg, targets.resolve("native")).compute
     assert ours.modes(BASE) == {mode: mode == auto for mode in ours.modes(BASE)}
     assert set(ours.modes(BASE)) == {"float", "int8x2", "int8"}
     assert set(ours.modes(replace(BASE, value_bits=8))) == {"float"}
