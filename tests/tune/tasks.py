@@ -13,9 +13,16 @@ from kivi_tvm.workloads import Workload
 
 # The geometry of `test_tiny`, whose kernels other tests use as well.
 TINY = Workload(num_heads=4, num_kv_heads=2, head_dim=64, tokens=2000, dtype="float32")
-HALF = replace(TINY, num_heads=9, num_kv_heads=3, dtype="float16")
+HALF = replace(TINY, num_heads=9, num_kv_heads=3, dtype="float16", compute="float")
 WIDE = replace(
-    TINY, num_heads=14, head_dim=128, key_bits=4, value_bits=4, group_size=64, dtype="bfloat16"
+    TINY,
+    num_heads=14,
+    head_dim=128,
+    key_bits=4,
+    value_bits=4,
+    group_size=64,
+    dtype="bfloat16",
+    compute="float",
 )
 
 # A library whose function does not what it should; `BODY` is C++.
