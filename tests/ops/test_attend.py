@@ -34,10 +34,15 @@ def work_items(pool, split):
     return torch.tensor(idle + items[::-1] + idle, dtype=torch.int32)
 
 
+def kernel(cfg):
+    """`attend` in the mode that `cfg` names; "float" for "auto", whatever this machine has."""
+    return library(replace(cfg, compute=cfg.compute_mode()))["attend"]
+
+
 def attended(cfg, pool, q, scale, work):
     entries = int(work[:, 1].max()) + 3
     parts = Partials(cfg, len(pool.lengths), entries)
-    library(cfg)["attend"](*pool.args(*NAMES), work, q, scale, *parts.args)
+    kernel(cfg)(*pool.args(*NAMES), work, q, scale, *parts.args)
     return parts
 
 
