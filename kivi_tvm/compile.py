@@ -223,7 +223,9 @@ def compile_kernels(
                 notify(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
-    executable = tvm.compile(scheduled_module(key, target, tuned), target=target)
+    executable = tvm.compile(
+        scheduled_module(key, target, tuned), target=target, tir_pipeline=pipeline()
+    )
     return CompiledKernels(
         key,
         target,

@@ -55,6 +55,44 @@ def byte_dot(kind: str, lanes: int) -> str:
     return name
 
 
+@cache
+def byte_sum(kind: str, lanes: int) -> str:
+    """The name of the intrinsic that adds up the four int8 of every lane's quad."""
+    name = f"kivi_tvm.byte_sum.{kind}.{lanes}"
+    bytes_, words = f"int8x{4 * lanes}", f"int32x{lanes}"
+    product = _PRODUCTS[kind](lanes)
+
+    @T.prim_func(s_tir=True)
+    def description(
+        quads: T.Buffer((lanes,), "int32", offset_factor=1),
+        total: T.Buffer((lanes,), "int32", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(total[0:lanes], quads[0:lanes])
+            T.writes(total[0:lanes])
+            for i, b in T.grid(lanes, 4):
+                with T.sblock("update"):
+                    vi, vb = T.axis.remap("SR", [i, b])
+                    total[vi] = total[vi] + ((quads[vi] << (24 - vb * 8)) >> 24)
+
+    @T.prim_func(s_tir=True)
+    def implementation(
+        quads: T.Buffer((lanes,), "int32", offset_factor=1),
+        total: T.Buffer((lanes,), "int32", offset_factor=1),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(total[0:lanes], quads[0:lanes])
+            T.writes(total[0:lanes])
+            total[T.ramp(T.int32(0), 1, lanes)] = product(
+                total.vload([0], dtype=words),
+                T.broadcast(T.int8(1), 4 * lanes),
+                T.reinterpret(quads.vload([0], dtype=words), dtype=bytes_),
+            )
+
+    TensorIntrin.register(name, description, implementation)
+    return name
+
+
 def _one_instruction(call: str, lanes: int):
     """An instruction that does all of it: vpdpbusd, or Arm's signed sdot.
 

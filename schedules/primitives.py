@@ -6,9 +6,10 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from kivi_tvm.schedules.byte_dot import byte_dot
+from kivi_tvm.schedules.byte_dot import byte_dot, byte_sum
+from kivi_tvm.schedules.byte_order import byte_order
 from kivi_tvm.schedules.choices import choose
-from kivi_tvm.schedules.lane_reduce import lane_reduce
+from kivi_tvm.schedules.lane_reduce import lane_reduce, lane_reduce_rows
 
 # Registers for a tile's accumulators: of 32, some hold codes and operands.
 MAX_ACCUMULATORS = 24
@@ -65,12 +66,23 @@ def reduce_by_lanes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
 
 
 def fold_lanes(sch: Schedule, block: SBlockRV) -> None:
-    """Reduce the innermost loop, over one vector of partial results, by shuffles if it can be."""
-    lane = sch.get_loops(block)[-1]
+    """Reduce the innermost loop, over one vector of partial results, by shuffles if it can be.
+
+    So many rows at once as there are in the loop around it, up to a vector of them.
+    """
+    *_, row, lane = sch.get_loops(block)
     lanes, kind = extent_of(sch, lane), reduction(sch, block)
-    sch.decompose_reduction(block, lane)
-    if kind is not None and largest_power_of_two(lanes, lanes) == lanes:
+    if kind is None or largest_power_of_two(lanes, lanes) != lanes:
+        sch.decompose_reduction(block, lane)
+        return
+    rows = largest_power_of_two(extent_of(sch, row), lanes)
+    if rows == 1:
+        sch.decompose_reduction(block, lane)
         sch.tensorize(lane, lane_reduce(kind, lanes))
+        return
+    _, row = sch.split(row, [None, rows])
+    sch.decompose_reduction(block, row)
+    sch.tensorize(row, lane_reduce_rows(kind, rows, lanes))
 
 
 def reduction(sch: Schedule, block: SBlockRV) -> str | None:
@@ -181,26 +193,54 @@ def contract_in_registers(
 
 
 def contract_bytes_in_registers(
-    sch: Schedule, name: str, codes: str, default: tuple[int, int], lanes: int, kind: str | None
-) -> None:
+    sch: Schedule,
+    blocks: tuple[str, str, str, str],
+    default: tuple[int, int],
+    lanes: int,
+    kind: str | None,
+) -> list[LoopRV]:
     """Run a contraction of bytes as register tiles of rows x vectors of int32.
 
-    The block `name` has the loops (row, lane axis, word, place, byte), with one vector of `codes`
-    for every place of a word. Without an instruction for it (`kind`) the bytes are taken one by
-    one. Choices, by `name`: `_tile`, by default `default` rows x vectors, and `_outer`, whether
-    tiles go down the rows or along the lane axis first.
+    `blocks` are the codes at a place of a word's bytes, (place, word, lane axis); their `dot`
+    products with quads, (place, plane, row, lane axis, word, byte); the sum of these over places,
+    (row, lane axis, place); and what it is for, (row, lane axis). Without an instruction for it
+    (`kind`) the bytes are taken one by one. Returns the loops around a place of a tile.
+
+    Choices, by the name of `dot`: `_tile`, by default `default` rows x vectors; `_outer`, whether
+    tiles go down the rows or along the lane axis first; `_places`, whether the places of a tile's
+    words are summed in turn, with the words read again, or together, each in registers of its own.
     """
-    block, unpacked = sch.get_sblock(name), sch.get_sblock(codes)
-    row, lane, word, place, byte = sch.get_loops(block)[-5:]
+    unpacked, block, product, consumer = map(sch.get_sblock, blocks)
+    name = blocks[1]
+    row, lane = sch.get_loops(consumer)
     lanes = largest_divisor(extent_of(sch, lane), lanes)
     outer, row, vector, lane = split_into_tiles(sch, name, row, lane, lanes, default)
-    innermost = (lane, byte) if kind else (byte, lane)
-    sch.reorder(*outer, word, place, row, vector, *innermost)
-    for loop in (place, row, vector):
-        sch.unroll(loop)
+    sch.reorder(*outer, row, vector, lane)
+    fill_registers(sch, consumer)
+    # 1. sums over places
+    sch.compute_at(product, outer[-1], preserve_unit_loops=True)
+    sch.set_scope(product, 0, "local")
+    row, lane, place = sch.get_loops(product)[-3:]
+    vector, lane = split_off(sch, lane, lanes)
+    sch.reorder(place, row, vector, lane)
+    fill_registers(sch, product)
+    # 2. products of a place, or of all
+    default_places = "together" if default[0] == 1 else "turn"
+    together = choose(sch, f"{name}_places", ["turn", "together"], default_places) == "together"
+    sch.compute_at(block, outer[-1] if together else place, preserve_unit_loops=True)
     sch.set_scope(block, 0, "local")
-    # codes in registers, for all rows of the tile
-    sch.compute_at(unpacked, place, preserve_unit_loops=True)
+    if together:
+        sch.unroll(place)
+    start = sch.decompose_reduction(product, place)
+    fill_registers(sch, start)
+    at, plane, row, lane, word, byte = sch.get_loops(block)[-6:]
+    vector, lane = split_off(sch, lane, lanes)
+    innermost = (lane, byte) if kind else (byte, lane)
+    sch.reorder(word, at, plane, row, vector, *innermost)
+    for loop in (at, plane, row, vector):
+        sch.unroll(loop)
+    # 3. codes in registers, for all rows of the tile
+    sch.compute_at(unpacked, at, preserve_unit_loops=True)
     sch.set_scope(unpacked, 0, "local")
     held, held_lane = split_off(sch, sch.get_loops(unpacked)[-1], lanes)
     sch.unroll(held)
@@ -208,9 +248,67 @@ def contract_bytes_in_registers(
     if not kind:
         sch.unroll(byte)
         sch.vectorize(lane)
-    fill_registers(sch, sch.decompose_reduction(block, word))
+    start = sch.decompose_reduction(block, word)
+    *_, at, plane, row, vector, lane = sch.get_loops(start)
+    for loop in (at, plane, row, vector):
+        sch.unroll(loop)
+    sch.vectorize(lane)
     if kind:
-        sch.tensorize(lane, byte_dot(kind, lanes))
+        sch.tensorize(sch.get_loops(block)[-2], byte_dot(kind, lanes))
+    return outer if together else [*outer, place]
+
+
+def sum_bytes(
+    sch: Schedule, block: SBlockRV, tile: tuple[int, int], kind: str | None
+) -> None:
+    """Add up the bytes of vectors of quads: loops (plane, row, column, step, lane, byte)."""
+    plane, row, column, step, lane, byte = sch.get_loops(block)
+    row_tile, row = split_off(sch, row, tile[0])
+    column_tile, column = split_off(sch, column, tile[1])
+    innermost = (lane, byte) if kind else (byte, lane)
+    sch.reorder(plane, row_tile, column_tile, step, row, column, *innermost)
+    for loop in (row, column):
+        sch.unroll(loop)
+    if not kind:
+        sch.unroll(byte)
+        sch.vectorize(lane)
+    start = sch.decompose_reduction(block, step)
+    fill_registers(sch, start)
+    if kind:
+        lanes = extent_of(sch, lane)
+        sch.tensorize(lane, byte_sum(kind, lanes))
+
+
+def sum_products(
+    sch: Schedule, block: SBlockRV, operand: SBlockRV, tile: tuple[int, int]
+) -> None:
+    """Sum in as many parts as there are lanes: loops (row, column, step, lane).
+
+    The `operand` of a column is made in registers, for all rows of a tile.
+    """
+    row, column, step, lane = sch.get_loops(block)
+    lanes = extent_of(sch, lane)
+    row_tile, row = split_off(sch, row, tile[0])
+    column_tile, column = split_off(sch, column, tile[1])
+    sch.reorder(row_tile, column_tile, step, row, column, lane)
+    sch.compute_at(operand, step, preserve_unit_loops=True)
+    sch.set_scope(operand, 0, "local")
+    column, lane = sch.get_loops(operand)[-2:]
+    _, lane = split_off(sch, lane, lanes)
+    sch.unroll(column)
+    sch.vectorize(lane)
+    fill_registers(sch, block)
+    fill_registers(sch, sch.decompose_reduction(block, step))
+
+
+def order_bytes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
+    """Move elements from the order of words to that of bytes: loops (.., byte, word, place)."""
+    byte, word, place = sch.get_loops(block)[-3:]
+    places = extent_of(sch, place)
+    words = largest_power_of_two(extent_of(sch, word), lanes // places)
+    outer, word = sch.split(word, [None, words])
+    sch.reorder(outer, byte, word, place)
+    sch.tensorize(byte, byte_order(words, places))
 
 
 def unroll_off(sch: Schedule, name: str, loop: LoopRV) -> list[LoopRV]:

@@ -30,7 +30,12 @@ COMPUTE_ATTR = "kivi.compute"  # of a function in another mode than "float"
 CONTRACTIONS = {"float": contract_float, "int8": contract_int8, "int8x2": contract_int8}
 
 
-def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "none"):
+def attend(
+    key: KernelKey,
+    chunk_tokens: int | None = None,
+    prefetch: str = "none",
+    unpack: str = "shift",
+):
     """Partial attention of every work item over its split of the packed tokens.
 
     A work item covers `key.split_tokens` tokens of one row.
@@ -42,8 +47,11 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
         Tokens whose scores are held at once: whole pages, a divisor of `key.split_tokens`; default
         `key.chunk_tokens`.
     prefetch : str
-        What is asked for before a chunk is computed: "none", its "values", or its values and the
-        keys that come "next".
+        "next" asks for the memory of the next chunk in blocks `fetch_*`, which a schedule spreads
+        over the work on this one; "none" does not.
+    unpack : str
+        How integer modes get a place of a word's bytes: "shift" moves it down, "mask" leaves it
+        where it is, which takes unsigned products.
 
     Returns
     -------
@@ -60,19 +68,18 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
     C, SPLIT = chunk_tokens or key.chunk_tokens, key.split_tokens
     CHUNKS, PAGES, N_k, N_v = SPLIT // C, C // P, P // G_k, D // G_v
 
-    fetch_k = [
+    fetch = [
         prefetch_block("fetch_k_code", PAGES, D // W_k, P, 4),
         prefetch_block("fetch_k_scale", PAGES, N_k, D, 2),
         prefetch_block("fetch_k_zero", PAGES, N_k, D, 2),
-    ]
-    fetch_v = [
         prefetch_block("fetch_v_code", PAGES, P // W_v, D, 4),
         prefetch_block("fetch_v_scale", PAGES, N_v, P, 2),
         prefetch_block("fetch_v_zero", PAGES, N_v, P, 2),
     ]
     contraction = CONTRACTIONS[key.compute]
-    query = contraction.query_blocks(key)
-    scores, outputs = contraction.score_blocks(key, C), contraction.output_blocks(key, C)
+    folded, query = contraction.query_shape(key), contraction.query_blocks(key)
+    scores = contraction.score_blocks(key, C, unpack)
+    outputs = contraction.output_blocks(key, C, unpack)
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 
@@ -138,7 +145,7 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                 packed = T.meta_var(state[slot, PACKED_VALUES])
                 first = T.meta_var(work[vi, 1] * SPLIT)
                 q_scaled = T.sblock_alloc_buffer((M, D), "float32")
-                q_fold = T.sblock_alloc_buffer((M, D), "float32")
+                q_fold = T.sblock_alloc_buffer(folded, "float32")
                 run_max = T.sblock_alloc_buffer((M,), "float32")
                 run_sum = T.sblock_alloc_buffer((M,), "float32")
                 run_acc = T.sblock_alloc_buffer((M, D), "float32")
@@ -168,67 +175,41 @@ def attend(key: KernelKey, chunk_tokens: int | None = None, prefetch: str = "non
                             slots[0:B],
                             work[vi, 0:2],
                             q_scaled[0:M, 0:D],
-                            q_fold[0:M, 0:D],
+                            q_fold[0:M, 0 : folded[1], 0 : folded[2]],
                         )
                         T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
                         base = T.meta_var(first + vc * C)
                         page = T.sblock_alloc_buffer((PAGES,), "int32")
-                        key_zero = T.sblock_alloc_buffer((C // G_k, D), "float32")
-                        value_zero = T.sblock_alloc_buffer((N_v, C), "float32")
-                        q_zero = T.sblock_alloc_buffer((M, C // G_k), "float32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
                         prob = T.sblock_alloc_buffer((M, C), "float32")
-                        p_zero = T.sblock_alloc_buffer((M, N_v), "float32")
                         for j in range(PAGES):
                             with T.sblock("page"):
                                 vj = T.axis.spatial(PAGES, j)
                                 page[vj] = page_table[
                                     slot, T.min(base // P + vj, (packed - 1) // P)
                                 ]
-                        if prefetch != "none":
-                            fetch_v[0](v_code, lambda j: page[j], vh)
-                            fetch_v[1](v_scale, lambda j: page[j], vh)
-                            fetch_v[2](v_zero, lambda j: page[j], vh)
                         if prefetch == "next":
                             # The next chunk, or the first one of the next head.
                             ends = T.meta_var((vc + 1) * C >= T.min(SPLIT, packed - first))
                             after = T.meta_var(T.Select(ends, first, base + C))
                             head = T.meta_var(T.Select(ends, T.min(vh + 1, H_kv - 1), vh))
-                            there = T.meta_var(
-                                lambda j: page_table[slot, T.min(after // P + j, (packed - 1) // P)]
-                            )
-                            fetch_k[0](k_code, there, head)
-                            fetch_k[1](k_scale, there, head)
-                            fetch_k[2](k_zero, there, head)
-                        for g, d in T.grid(C // G_k, D):
-                            with T.sblock("key_zero"):
-                                vg, vd = T.axis.remap("SS", [g, d])
-                                key_zero[vg, vd] = T.Cast(
-                                    "float32", k_zero[page[vg // N_k], vh, vg % N_k, vd]
-                                )
-                        for m, g, d in T.grid(M, C // G_k, D):
-                            with T.sblock("q_zero"):
-                                vm, vg, vd = T.axis.remap("SSR", [m, g, d])
-                                with T.init():
-                                    q_zero[vm, vg] = T.float32(0)
-                                q_zero[vm, vg] += q_scaled[vm, vd] * key_zero[vg, vd]
-                        scores(q_fold, k_code, k_scale, page, vh, packed - base, q_zero, score)
+                            next_page = T.sblock_alloc_buffer((PAGES,), "int32")
+                            for j in range(PAGES):
+                                with T.sblock("next_page"):
+                                    vj = T.axis.spatial(PAGES, j)
+                                    next_page[vj] = page_table[
+                                        slot, T.min(after // P + vj, (packed - 1) // P)
+                                    ]
+                            fetch[0](k_code, next_page, head)
+                            fetch[1](k_scale, next_page, head)
+                            fetch[2](k_zero, next_page, head)
+                            fetch[3](v_code, next_page, head)
+                            fetch[4](v_scale, next_page, head)
+                            fetch[5](v_zero, next_page, head)
+                        left = T.meta_var(packed - base)
+                        scores(q_scaled, q_fold, k_code, k_scale, k_zero, page, vh, left, score)
                         softmax(score, chunk_max, prob, chunk_sum)
-                        for g, t in T.grid(N_v, C):
-                            with T.sblock("value_zero"):
-                                vg, vt = T.axis.remap("SS", [g, t])
-                                value_zero[vg, vt] = T.Select(
-                                    base + vt < packed,
-                                    T.Cast("float32", v_zero[page[vt // P], vh, vg, vt % P]),
-                                    T.float32(0),
-                                )
-                        for m, g, t in T.grid(M, N_v, C):
-                            with T.sblock("p_zero"):
-                                vm, vg, vt = T.axis.remap("SSR", [m, g, t])
-                                with T.init():
-                                    p_zero[vm, vg] = T.float32(0)
-                                p_zero[vm, vg] += prob[vm, vt] * value_zero[vg, vt]
-                        outputs(prob, v_code, v_scale, page, vh, packed - base, p_zero, chunk_acc)
+                        outputs(prob, v_code, v_scale, v_zero, page, vh, left, chunk_acc)
                     with T.sblock("merge"):
                         vc = T.axis.opaque(CHUNKS, c)
                         T.reads(

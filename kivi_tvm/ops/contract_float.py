@@ -17,6 +17,11 @@ def _power(shift):
     return T.reinterpret("float32", (127 - shift) << 23)
 
 
+def query_shape(key: KernelKey) -> tuple[int, ...]:
+    """The shape of what `query_blocks` fills."""
+    return key.rows, 1, key.head_dim
+
+
 def query_blocks(key: KernelKey):
     """The query of every channel as its codes want it."""
     M, D = key.rows, key.head_dim
@@ -27,22 +32,37 @@ def query_blocks(key: KernelKey):
         for m, d in T.grid(M, D):
             with T.sblock("q_fold"):
                 vm, vd = T.axis.remap("SS", [m, d])
-                q_fold[vm, vd] = q_scaled[vm, vd] * _power(order.shift(order.slot(vd)))
+                q_fold[vm, 0, vd] = q_scaled[vm, vd] * _power(order.shift(order.slot(vd)))
 
     return query
 
 
-def score_blocks(key: KernelKey, C: int):
-    """`score = sum_d (q_d s_d) code_d + q_zero` of the first `left` of `C` tokens, else lowest."""
+def score_blocks(key: KernelKey, C: int, unpack: str):
+    """`score = sum_d (q_d s_d) code_d + q_d z_d` of the first `left` of `C` tokens, else lowest."""
     M, D, P, G = key.rows, key.head_dim, key.page_size, key.key_group_size
+    del unpack
     W, order = key.key_codes_per_word, pack_order(key.pack_order, key.key_bits)
     mask = order.code_mask
 
     @T.macro
-    def scores(q_fold, k_code, k_scale, page, head, left, q_zero, score):
+    def scores(q_scaled, q_fold, k_code, k_scale, k_zero, page, head, left, score):
+        zero = T.sblock_alloc_buffer((C // G, D), "float32")
+        q_zero = T.sblock_alloc_buffer((M, C // G), "float32")
         scale = T.sblock_alloc_buffer((C // G, D), "float32")
         q_key = T.sblock_alloc_buffer((M, C // G, D), "float32")
         dot = T.sblock_alloc_buffer((M, C), "float32")
+        for g, d in T.grid(C // G, D):
+            with T.sblock("key_zero"):
+                vg, vd = T.axis.remap("SS", [g, d])
+                zero[vg, vd] = T.Cast(
+                    "float32", k_zero[page[vg // (P // G)], head, vg % (P // G), vd]
+                )
+        for m, g, d in T.grid(M, C // G, D):
+            with T.sblock("q_zero"):
+                vm, vg, vd = T.axis.remap("SSR", [m, g, d])
+                with T.init():
+                    q_zero[vm, vg] = T.float32(0)
+                q_zero[vm, vg] += q_scaled[vm, vd] * zero[vg, vd]
         for g, d in T.grid(C // G, D):
             with T.sblock("key_scale"):
                 vg, vd = T.axis.remap("SS", [g, d])
@@ -52,7 +72,7 @@ def score_blocks(key: KernelKey, C: int):
         for m, g, d in T.grid(M, C // G, D):
             with T.sblock("q_key"):
                 vm, vg, vd = T.axis.remap("SSS", [m, g, d])
-                q_key[vm, vg, vd] = q_fold[vm, vd] * scale[vg, vd]
+                q_key[vm, vg, vd] = q_fold[vm, 0, vd] * scale[vg, vd]
         for m, t, w, i in T.grid(M, C, D // W, W):
             with T.sblock("dot"):
                 vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
@@ -75,17 +95,34 @@ def score_blocks(key: KernelKey, C: int):
     return scores
 
 
-def output_blocks(key: KernelKey, C: int):
-    """`chunk_acc_d = sum_t (p_t s_t) code_t + p_zero` over the first `left` of `C` tokens."""
+def output_blocks(key: KernelKey, C: int, unpack: str):
+    """`chunk_acc_d = sum_t (p_t s_t) code_t + p_t z_t` over the first `left` of `C` tokens."""
     M, D, P, G = key.rows, key.head_dim, key.page_size, key.value_group_size
+    del unpack
     W, order = key.value_codes_per_word, pack_order(key.pack_order, key.value_bits)
     mask = order.code_mask
 
     @T.macro
-    def outputs(prob, v_code, v_scale, page, head, left, p_zero, chunk_acc):
+    def outputs(prob, v_code, v_scale, v_zero, page, head, left, chunk_acc):
+        zero = T.sblock_alloc_buffer((D // G, C), "float32")
+        p_zero = T.sblock_alloc_buffer((M, D // G), "float32")
         scale = T.sblock_alloc_buffer((D // G, C), "float32")
         p_fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
         out = T.sblock_alloc_buffer((M, D), "float32")
+        for g, t in T.grid(D // G, C):
+            with T.sblock("value_zero"):
+                vg, vt = T.axis.remap("SS", [g, t])
+                zero[vg, vt] = T.Select(
+                    vt < left,
+                    T.Cast("float32", v_zero[page[vt // P], head, vg, vt % P]),
+                    T.float32(0),
+                )
+        for m, g, t in T.grid(M, D // G, C):
+            with T.sblock("p_zero"):
+                vm, vg, vt = T.axis.remap("SSR", [m, g, t])
+                with T.init():
+                    p_zero[vm, vg] = T.float32(0)
+                p_zero[vm, vg] += prob[vm, vt] * zero[vg, vt]
         for g, t in T.grid(D // G, C):
             with T.sblock("value_scale"):
                 vg, vt = T.axis.remap("SS", [g, t])

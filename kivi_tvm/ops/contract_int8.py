@@ -1,38 +1,50 @@
 """The sums of `attend` over codes in integers: compute modes "int8" and "int8x2".
 
-The prepared operand (`q_d s_d` of a key group, `p_t s_t` of a value group and chunk) becomes an
-integer times a unit, `max |x| / 127` in mode "int8"; in mode "int8x2" that unit is 256 times finer
-and the integer `256 high + low`, two planes of int8 with a sum of their own. Sums are exact in
-int32.
+The prepared operand (`q_d s_d` of a key group, `p_t s_t` of a value group) becomes an integer times
+a unit: `1 / 127` of the largest one of a row (and value group) in the chunk in mode "int8"; in mode
+"int8x2" that unit is 256 times finer and the integer `256 high + low`, two planes of int8 with a
+sum of their own. Sums are exact in int32.
+
+What is rounded is the operand of codes around their middle `c = (2^b - 1) / 2`, since rounding
+errors do not meet the common part of a group's codes then:
+
+    sum_d q_d (s_d code_d + z_d) = sum_d (q_d s_d) (code_d - c) + sum_d q_d (z_d + c s_d)
+                                ~= unit (sum_d n_d code_d - c sum_d n_d) + sum_d q_d (z_d + c s_d)
 
 Four codes that share a word are one operand of the processors' dot products of bytes: they are its
-bits at equal places of its four bytes, `(word >> shift) & mask`. The other operand's four bytes, a
-quad, must be of the same elements. It is prepared in the order of `Codes.element`, all elements of
-byte 0, then those of byte 1 and so on: quads come from four vectors without moving any lane.
+bits at equal places of its four bytes. The other operand's four bytes, a quad, must be of the same
+elements. It is prepared in the order of `Codes.element`, all elements of byte 0, then those of byte
+1 and so on: quads come from four vectors without moving any lane.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PackOrder, pack_order
+from kivi_tvm.ops.exp2 import ROUNDER
 
 LARGEST = 127
-TINY = 1e-30
-# Added to a float32 of at most 2^22, it leaves the nearest integer in the low bits.
-ROUNDER = 12582912.0
+TINY = 1e-12  # scores and outputs that small need no relative accuracy
 BYTES = 0x01010101
+MAX_PARTS = 16  # of a sum, as many as there are lanes: additions keep their order
 
 
 class Codes(NamedTuple):
-    """How words hold so many `elements` and how integers meet them."""
+    """How words hold so many `elements` and how integers meet them.
+
+    With `masked` codes stay where they are in their bytes, `code * 2^shift`, which only unsigned
+    bytes can hold; otherwise every place is shifted down first.
+    """
 
     order: PackOrder
     bits: int
     elements: int
+    masked: bool
 
     @property
     def per_byte(self) -> int:
@@ -44,19 +56,24 @@ class Codes(NamedTuple):
         return self.elements // 4
 
     @property
-    def mask(self) -> int:
-        """The bits of the lowest place of all four bytes."""
-        return self.order.code_mask * BYTES
+    def middle(self) -> float:
+        return self.order.code_mask / 2
 
-    def element(self, x):
-        """The element at place `x` of the order by bytes."""
-        byte, quad = x // self.quads, x % self.quads
+    def element(self, byte, quad):
+        """The element whose code is in `byte` of `quad`."""
         return self.order.element(
             quad // self.per_byte, byte * self.per_byte + quad % self.per_byte
         )
 
-    def shift(self, place):
-        return T.Cast("uint32", self.order.shift(place))
+    def bytes_of(self, word, place):
+        """The codes at a place of all four bytes."""
+        shift, mask = T.Cast("uint32", self.order.shift(place)), T.uint32(self.order.code_mask * BYTES)
+        return word & (mask << shift) if self.masked else (word >> shift) & mask
+
+    def weight(self, place):
+        """What a sum over `bytes_of` counts, as float32."""
+        shift = self.order.shift(place) if self.masked else 0
+        return T.reinterpret("float32", (127 - shift) << 23)
 
 
 def planes(key: KernelKey) -> int:
@@ -72,192 +89,294 @@ def _signed_byte(quad, number):
     return (quad << (24 - number * 8)) >> 24
 
 
-def _quad(number, plane, count: int):
-    """The quad of four integers in units, `number(0)` to `number(3)`; plane 0 is the higher one.
+def _quad(integer, plane, planes: int):
+    """The quad of four integers, `integer(0)` to `integer(3)`; plane 0 is the highest one.
 
     The low byte is signed, so that the high one is rounded.
     """
+    first = (planes - 1 - plane) * 8
 
     def byte(i):
-        x = T.reinterpret("int32", number(i) + T.float32(ROUNDER))
-        if count == 2:
-            x = (x + (128 - plane * 128)) >> (8 - plane * 8)
-        return (x & 255) << (8 * i)
+        return ((integer(i) + first * 16) >> first) << (8 * i)
 
-    return byte(0) | byte(1) | byte(2) | byte(3)
-
-
-def _sum_of_planes(x, m, i, rows: int, count: int):
-    """The float32 of int32 sums `x [count * rows, ...]`, in units."""
-    high = T.Cast("float32", x[m, i])
-    if count == 1:
-        return high
-    return high * T.float32(256) + T.Cast("float32", x[rows + m, i])
+    quad = byte(3)
+    for i in (2, 1, 0):
+        mask = 255 << 8 * i
+        quad = (byte(i) & mask) | (quad & ~mask)
+    return quad
 
 
-def _quad_blocks(name: str, M: int, groups: int, count: int, N: int):
-    """Quads `[N * M, groups, count / 4]` and `unit [M, groups]` of `x [M, groups, count]`."""
-    peak_name, unit_name, quad_name = (f"{name}_{each}" for each in ("peak", "unit", "quad"))
-    most, quads = float(LARGEST << 8 * (N - 1)), count // 4
+def _rounded(x, gain):
+    """The nearest integer to `x * gain` in the low 22 bits."""
+    return T.reinterpret("int32", x * gain + T.float32(ROUNDER))
+
+
+def _float_of(plane, N: int):
+    """The float32 of integer sums in units, `plane(0)` to `plane(N - 1)`."""
+    high = T.Cast("float32", plane(0))
+    return high if N == 1 else high * T.float32(256) + T.Cast("float32", plane(1))
+
+
+def _unit_blocks(name: str, rows: int, columns: int, N: int):
+    """`unit` and `gain = 1 / unit` of what is at most `peak`, all `[rows, columns]`."""
+    unit_name, most = f"{name}_unit", float(LARGEST << 8 * (N - 1))
 
     @T.macro
-    def quantize(x, unit, quad):
-        peak = T.sblock_alloc_buffer((M, groups), "float32")
-        gain = T.sblock_alloc_buffer((M, groups), "float32")
-        for m, g, i in T.grid(M, groups, count):
-            with T.sblock(peak_name):
+    def units(peak, unit, gain):
+        for i, j in T.grid(rows, columns):
+            with T.sblock(unit_name):
+                vi, vj = T.axis.remap("SS", [i, j])
+                unit[vi, vj] = T.max(peak[vi, vj], T.float32(TINY)) * T.float32(1 / most)
+                gain[vi, vj] = T.float32(most) / T.max(peak[vi, vj], T.float32(TINY))
+
+    return units
+
+
+def _base_blocks(name: str, M: int, groups: int, count: int, N: int, middle: float):
+    """`base [M, groups]`: all that does not depend on the codes.
+
+    That is `sum_i x_i mid_i` of `x [M, count]` and `mid [groups, count]`, less what the rounded
+    operands `quad` stand for in the middle of the codes. Both are summed in the same `L` parts.
+    """
+    total_name, part_name, base_name = (f"{name}_{each}" for each in ("total", "part", "base"))
+    Q = count // 4
+    L = math.gcd(Q, MAX_PARTS)
+
+    @T.macro
+    def bases(x, mid, quad, unit, base):
+        total = T.sblock_alloc_buffer((N, M, groups, L), "int32")
+        part = T.sblock_alloc_buffer((M, groups, L), "float32")
+        for n, m, g, k, i, b in T.grid(N, M, groups, Q // L, L, 4):
+            with T.sblock(total_name):
+                vn, vm, vg, vk, vi, vb = T.axis.remap("SSSRSR", [n, m, g, k, i, b])
+                with T.init():
+                    total[vn, vm, vg, vi] = 0
+                total[vn, vm, vg, vi] = total[vn, vm, vg, vi] + _signed_byte(
+                    quad[vn, vm, vg, vk * L + vi], vb
+                )
+        for m, g, k, i in T.grid(M, groups, count // L, L):
+            with T.sblock(part_name):
+                vm, vg, vk, vi = T.axis.remap("SSRS", [m, g, k, i])
+                with T.init():
+                    part[vm, vg, vi] = T.float32(0)
+                part[vm, vg, vi] += x[vm, vk * L + vi] * mid[vg, vk * L + vi]
+        for m, g, i in T.grid(M, groups, L):
+            with T.sblock(base_name):
                 vm, vg, vi = T.axis.remap("SSR", [m, g, i])
                 with T.init():
-                    peak[vm, vg] = T.min_value("float32")  # the identity that `rfactor` knows
-                peak[vm, vg] = T.max(peak[vm, vg], T.fabs(x[vm, vg, vi]))
-        for m, g in T.grid(M, groups):
-            with T.sblock(unit_name):
-                vm, vg = T.axis.remap("SS", [m, g])
-                unit[vm, vg] = T.max(peak[vm, vg], T.float32(TINY)) * T.float32(1 / most)
-                gain[vm, vg] = T.float32(most) / T.max(peak[vm, vg], T.float32(TINY))
-        for n, m, g, i in T.grid(N, M, groups, quads):
-            with T.sblock(quad_name):
-                vn, vm, vg, vi = T.axis.remap("SSSS", [n, m, g, i])
-                quad[vn * M + vm, vg, vi] = _quad(
-                    lambda byte: x[vm, vg, byte * quads + vi] * gain[vm, vg], vn, N
-                )
+                    base[vm, vg] = T.float32(0)
+                base[vm, vg] += part[vm, vg, vi] - _float_of(
+                    lambda n: total[n, vm, vg, vi], N
+                ) * (unit(vm, vg) * middle)
 
-    return quantize
+    return bases
+
+
+def query_shape(key: KernelKey) -> tuple[int, ...]:
+    """The shape of what `query_blocks` fills."""
+    return key.rows, 4, key.head_dim // 4
 
 
 def query_blocks(key: KernelKey):
     """The query of every channel as its codes want it: in the order by bytes."""
-    M, D = key.rows, key.head_dim
-    codes = Codes(pack_order(key.pack_order, key.key_bits), key.key_bits, D)
+    M, D, S, order = key.rows, key.head_dim, 8 // key.key_bits, pack_order(key.pack_order, key.key_bits)
 
     @T.macro
     def query(q_scaled, q_fold):
-        for m, x in T.grid(M, D):
+        for m, b, w, i in T.grid(M, 4, D // order.codes_per_word, S):
             with T.sblock("q_fold"):
-                vm, vx = T.axis.remap("SS", [m, x])
-                q_fold[vm, vx] = q_scaled[vm, codes.element(vx)]
+                vm, vb, vw, vs = T.axis.remap("SSSS", [m, b, w, i])
+                q_fold[vm, vb, vw * S + vs] = q_scaled[vm, order.element(vw, vb * S + vs)]
 
     return query
 
 
-def score_blocks(key: KernelKey, C: int):
-    """`score = sum_d (q_d s_d) code_d + q_zero` of the first `left` of `C` tokens, else lowest."""
+def score_blocks(key: KernelKey, C: int, unpack: str):
+    """`score = sum_d q_d (s_d code_d + z_d)` of the first `left` of `C` tokens, else lowest."""
     M, D, P, G, N = key.rows, key.head_dim, key.page_size, key.key_group_size, planes(key)
-    codes = Codes(pack_order(key.pack_order, key.key_bits), key.key_bits, D)
+    codes = Codes(pack_order(key.pack_order, key.key_bits), key.key_bits, D, unpack == "mask")
     W, S, Q = key.key_codes_per_word, codes.per_byte, codes.quads
-    quantize = _quad_blocks("q", M, C // G, D, N)
+    units = _unit_blocks("q", 1, M, N)
+    bases = _base_blocks("q", M, C // G, D, N, codes.middle)
 
     @T.macro
-    def scores(q_fold, k_code, k_scale, page, head, left, q_zero, score):
+    def scores(q_scaled, q_fold, k_code, k_scale, k_zero, page, head, left, score):
         scale = T.sblock_alloc_buffer((C // G, D), "float32")
-        q_key = T.sblock_alloc_buffer((M, C // G, D), "float32")
-        q_unit = T.sblock_alloc_buffer((M, C // G), "float32")
-        q_quad = T.sblock_alloc_buffer((N * M, C // G, Q), "int32")
-        k_quad = T.sblock_alloc_buffer((D // W, S, C), "uint32")
-        dot = T.sblock_alloc_buffer((N * M, C), "int32")
-        for g, b, w, i in T.grid(C // G, 4, D // W, S):
+        mid = T.sblock_alloc_buffer((C // G, D), "float32")
+        ordered = T.sblock_alloc_buffer((C // G, 4, Q), "float32")
+        top = T.sblock_alloc_buffer((D,), "float32")
+        peak = T.sblock_alloc_buffer((1, M), "float32")
+        unit = T.sblock_alloc_buffer((1, M), "float32")
+        gain = T.sblock_alloc_buffer((1, M), "float32")
+        gained = T.sblock_alloc_buffer((M, 4, Q), "float32")
+        quad = T.sblock_alloc_buffer((N, M, C // G, Q), "int32")
+        base = T.sblock_alloc_buffer((M, C // G), "float32")
+        k_quad = T.sblock_alloc_buffer((S, D // W, C), "uint32")
+        dot = T.sblock_alloc_buffer((S, N, M, C), "int32")
+        product = T.sblock_alloc_buffer((M, C), "float32")
+        for g, d in T.grid(C // G, D):
             with T.sblock("key_scale"):
+                vg, vd = T.axis.remap("SS", [g, d])
+                scale[vg, vd] = T.Cast(
+                    "float32", k_scale[page[vg // (P // G)], head, vg % (P // G), vd]
+                )
+        for g, d in T.grid(C // G, D):
+            with T.sblock("key_mid"):
+                vg, vd = T.axis.remap("SS", [g, d])
+                mid[vg, vd] = (
+                    T.Cast("float32", k_zero[page[vg // (P // G)], head, vg % (P // G), vd])
+                    + scale[vg, vd] * codes.middle
+                )
+        for g, b, w, i in T.grid(C // G, 4, D // W, S):
+            with T.sblock("key_order"):
                 vg, vb, vw, vs = T.axis.remap("SSSS", [g, b, w, i])
-                scale[vg, vb * Q + vw * S + vs] = T.Cast(
-                    "float32",
-                    k_scale[
-                        page[vg // (P // G)],
-                        head,
-                        vg % (P // G),
-                        codes.order.element(vw, vb * S + vs),
-                    ],
-                )
-        for m, g, x in T.grid(M, C // G, D):
-            with T.sblock("q_key"):
-                vm, vg, vx = T.axis.remap("SSS", [m, g, x])
-                q_key[vm, vg, vx] = q_fold[vm, vx] * scale[vg, vx]
-        quantize(q_key, q_unit, q_quad)
-        for w, i, t in T.grid(D // W, S, C):
-            with T.sblock("k_quad"):
-                vw, vs, vt = T.axis.remap("SSS", [w, i, t])
-                k_quad[vw, vs, vt] = (
-                    k_code[page[vt // P], head, vw, vt % P] >> codes.shift(vs)
-                ) & T.uint32(codes.mask)
-        for r, t, w, i, b in T.grid(N * M, C, D // W, S, 4):
-            with T.sblock("dot"):
-                vr, vt, vw, vs, vb = T.axis.remap("SSRRR", [r, t, w, i, b])
+                ordered[vg, vb, vw * S + vs] = scale[vg, codes.order.element(vw, vb * S + vs)]
+        # The largest `q_d s_d` of all groups, or a little more: one pass over the queries.
+        for d, g in T.grid(D, C // G):
+            with T.sblock("key_top"):
+                vd, vg = T.axis.remap("SR", [d, g])
                 with T.init():
-                    dot[vr, vt] = 0
-                dot[vr, vt] = dot[vr, vt] + _byte(k_quad[vw, vs, vt], vb) * _signed_byte(
-                    q_quad[vr, vt // G, vw * S + vs], vb
+                    top[vd] = T.float32(0)
+                top[vd] = T.max(top[vd], scale[vg, vd])
+        for m, d in T.grid(M, D):
+            with T.sblock("q_peak"):
+                vm, vd = T.axis.remap("SR", [m, d])
+                with T.init():
+                    peak[0, vm] = T.min_value("float32")  # the identity that `rfactor` knows
+                peak[0, vm] = T.max(peak[0, vm], T.fabs(q_scaled[vm, vd]) * top[vd])
+        units(peak, unit, gain)
+        for m, b, i in T.grid(M, 4, Q):
+            with T.sblock("q_gained"):
+                vm, vb, vi = T.axis.remap("SSS", [m, b, i])
+                gained[vm, vb, vi] = q_fold[vm, vb, vi] * gain[0, vm]
+        for n, m, g, i in T.grid(N, M, C // G, Q):
+            with T.sblock("q_quad"):
+                vn, vm, vg, vi = T.axis.remap("SSSS", [n, m, g, i])
+                quad[vn, vm, vg, vi] = _quad(
+                    lambda b: _rounded(gained[vm, b, vi], ordered[vg, b, vi]), vn, N
                 )
+        bases(q_scaled, mid, quad, lambda m, g: unit[0, m], base)
+        for i, w, t in T.grid(S, D // W, C):
+            with T.sblock("k_quad"):
+                vs, vw, vt = T.axis.remap("SSS", [i, w, t])
+                k_quad[vs, vw, vt] = codes.bytes_of(
+                    k_code[page[vt // P], head, vw, vt % P], vs
+                )
+        for i, n, m, t, w, b in T.grid(S, N, M, C, D // W, 4):
+            with T.sblock("dot"):
+                vs, vn, vm, vt, vw, vb = T.axis.remap("SSSSRR", [i, n, m, t, w, b])
+                with T.init():
+                    dot[vs, vn, vm, vt] = 0
+                dot[vs, vn, vm, vt] = dot[vs, vn, vm, vt] + _byte(
+                    k_quad[vs, vw, vt], vb
+                ) * _signed_byte(quad[vn, vm, vt // G, vw * S + vs], vb)
+        for m, t, i in T.grid(M, C, S):
+            with T.sblock("product"):
+                vm, vt, vs = T.axis.remap("SSR", [m, t, i])
+                with T.init():
+                    product[vm, vt] = T.float32(0)
+                product[vm, vt] += _float_of(lambda n: dot[vs, n, vm, vt], N) * codes.weight(vs)
         for m, t in T.grid(M, C):
             with T.sblock("score"):
                 vm, vt = T.axis.remap("SS", [m, t])
                 score[vm, vt] = T.Select(
                     vt < left,
-                    _sum_of_planes(dot, vm, vt, M, N) * q_unit[vm, vt // G] + q_zero[vm, vt // G],
+                    product[vm, vt] * unit[0, vm] + base[vm, vt // G],
                     T.min_value("float32"),
                 )
 
     return scores
 
 
-def output_blocks(key: KernelKey, C: int):
-    """`chunk_acc_d = sum_t (p_t s_t) code_t + p_zero` over the first `left` of `C` tokens."""
+def output_blocks(key: KernelKey, C: int, unpack: str):
+    """`chunk_acc_d = sum_t p_t (s_t code_t + z_t)` over the first `left` of `C` tokens."""
     M, D, P, G, N = key.rows, key.head_dim, key.page_size, key.value_group_size, planes(key)
-    codes = Codes(pack_order(key.pack_order, key.value_bits), key.value_bits, C)
+    codes = Codes(pack_order(key.pack_order, key.value_bits), key.value_bits, C, unpack == "mask")
     W, S, Q = key.value_codes_per_word, codes.per_byte, codes.quads
-    quantize = _quad_blocks("p", M, D // G, C, N)
+    units = _unit_blocks("p", M, D // G, N)
+    bases = _base_blocks("p", M, D // G, C, N, codes.middle)
 
     @T.macro
-    def outputs(prob, v_code, v_scale, page, head, left, p_zero, chunk_acc):
+    def outputs(prob, v_code, v_scale, v_zero, page, head, left, chunk_acc):
         scale = T.sblock_alloc_buffer((D // G, C), "float32")
-        p_order = T.sblock_alloc_buffer((M, C), "float32")
-        p_fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
-        p_unit = T.sblock_alloc_buffer((M, D // G), "float32")
-        p_quad = T.sblock_alloc_buffer((N * M, D // G, Q), "int32")
-        v_quad = T.sblock_alloc_buffer((C // W, S, D), "uint32")
-        out = T.sblock_alloc_buffer((N * M, D), "int32")
-        for g, b, w, i in T.grid(D // G, 4, C // W, S):
+        mid = T.sblock_alloc_buffer((D // G, C), "float32")
+        ordered = T.sblock_alloc_buffer((D // G, 4, Q), "float32")
+        p_order = T.sblock_alloc_buffer((M, 4, Q), "float32")
+        fold = T.sblock_alloc_buffer((M, D // G, 4, Q), "float32")
+        peak = T.sblock_alloc_buffer((M, D // G), "float32")
+        unit = T.sblock_alloc_buffer((M, D // G), "float32")
+        gain = T.sblock_alloc_buffer((M, D // G), "float32")
+        quad = T.sblock_alloc_buffer((N, M, D // G, Q), "int32")
+        base = T.sblock_alloc_buffer((M, D // G), "float32")
+        v_quad = T.sblock_alloc_buffer((S, C // W, D), "uint32")
+        out = T.sblock_alloc_buffer((S, N, M, D), "int32")
+        product = T.sblock_alloc_buffer((M, D), "float32")
+        for g, t in T.grid(D // G, C):
             with T.sblock("value_scale"):
-                vg, vb, vw, vs = T.axis.remap("SSSS", [g, b, w, i])
-                scale[vg, vb * Q + vw * S + vs] = T.Select(
-                    codes.order.element(vw, vb * S + vs) < left,
-                    T.Cast(
-                        "float32",
-                        v_scale[
-                            page[vw // (P // W)],
-                            head,
-                            vg,
-                            codes.order.element(vw % (P // W), vb * S + vs),
-                        ],
-                    ),
+                vg, vt = T.axis.remap("SS", [g, t])
+                scale[vg, vt] = T.Select(
+                    vt < left,
+                    T.Cast("float32", v_scale[page[vt // P], head, vg, vt % P]),
                     T.float32(0),
                 )
+        for g, t in T.grid(D // G, C):
+            with T.sblock("value_mid"):
+                vg, vt = T.axis.remap("SS", [g, t])
+                mid[vg, vt] = T.Select(
+                    vt < left,
+                    T.Cast("float32", v_zero[page[vt // P], head, vg, vt % P])
+                    + scale[vg, vt] * codes.middle,
+                    T.float32(0),
+                )
+        for g, b, w, i in T.grid(D // G, 4, C // W, S):
+            with T.sblock("value_order"):
+                vg, vb, vw, vs = T.axis.remap("SSSS", [g, b, w, i])
+                ordered[vg, vb, vw * S + vs] = scale[vg, codes.order.element(vw, vb * S + vs)]
         for m, b, w, i in T.grid(M, 4, C // W, S):
             with T.sblock("p_order"):
                 vm, vb, vw, vs = T.axis.remap("SSSS", [m, b, w, i])
-                p_order[vm, vb * Q + vw * S + vs] = prob[vm, codes.order.element(vw, vb * S + vs)]
-        for m, g, x in T.grid(M, D // G, C):
+                p_order[vm, vb, vw * S + vs] = prob[vm, codes.order.element(vw, vb * S + vs)]
+        for m, g, b, i in T.grid(M, D // G, 4, Q):
             with T.sblock("p_fold"):
-                vm, vg, vx = T.axis.remap("SSS", [m, g, x])
-                p_fold[vm, vg, vx] = p_order[vm, vx] * scale[vg, vx]
-        quantize(p_fold, p_unit, p_quad)
-        for w, i, d in T.grid(C // W, S, D):
-            with T.sblock("v_quad"):
-                vw, vs, vd = T.axis.remap("SSS", [w, i, d])
-                v_quad[vw, vs, vd] = (
-                    v_code[page[vw // (P // W)], head, vw % (P // W), vd] >> codes.shift(vs)
-                ) & T.uint32(codes.mask)
-        for r, d, w, i, b in T.grid(N * M, D, C // W, S, 4):
-            with T.sblock("out"):
-                vr, vd, vw, vs, vb = T.axis.remap("SSRRR", [r, d, w, i, b])
+                vm, vg, vb, vi = T.axis.remap("SSSS", [m, g, b, i])
+                fold[vm, vg, vb, vi] = p_order[vm, vb, vi] * ordered[vg, vb, vi]
+        for m, g, x in T.grid(M, D // G, C):
+            with T.sblock("p_peak"):
+                vm, vg, vx = T.axis.remap("SSR", [m, g, x])
                 with T.init():
-                    out[vr, vd] = 0
-                out[vr, vd] = out[vr, vd] + _byte(v_quad[vw, vs, vd], vb) * _signed_byte(
-                    p_quad[vr, vd // G, vw * S + vs], vb
+                    peak[vm, vg] = T.min_value("float32")
+                peak[vm, vg] = T.max(peak[vm, vg], fold[vm, vg, vx // Q, vx % Q])
+        units(peak, unit, gain)
+        for n, m, g, i in T.grid(N, M, D // G, Q):
+            with T.sblock("p_quad"):
+                vn, vm, vg, vi = T.axis.remap("SSSS", [n, m, g, i])
+                quad[vn, vm, vg, vi] = _quad(
+                    lambda b: _rounded(fold[vm, vg, b, vi], gain[vm, vg]), vn, N
                 )
+        bases(prob, mid, quad, lambda m, g: unit[m, g], base)
+        for i, w, d in T.grid(S, C // W, D):
+            with T.sblock("v_quad"):
+                vs, vw, vd = T.axis.remap("SSS", [i, w, d])
+                v_quad[vs, vw, vd] = codes.bytes_of(
+                    v_code[page[vw // (P // W)], head, vw % (P // W), vd], vs
+                )
+        for i, n, m, d, w, b in T.grid(S, N, M, D, C // W, 4):
+            with T.sblock("out"):
+                vs, vn, vm, vd, vw, vb = T.axis.remap("SSSSRR", [i, n, m, d, w, b])
+                with T.init():
+                    out[vs, vn, vm, vd] = 0
+                out[vs, vn, vm, vd] = out[vs, vn, vm, vd] + _byte(
+                    v_quad[vs, vw, vd], vb
+                ) * _signed_byte(quad[vn, vm, vd // G, vw * S + vs], vb)
+        for m, d, i in T.grid(M, D, S):
+            with T.sblock("product_out"):
+                vm, vd, vs = T.axis.remap("SSR", [m, d, i])
+                with T.init():
+                    product[vm, vd] = T.float32(0)
+                product[vm, vd] += _float_of(lambda n: out[vs, n, vm, vd], N) * codes.weight(vs)
         for m, d in T.grid(M, D):
             with T.sblock("chunk_acc"):
                 vm, vd = T.axis.remap("SS", [m, d])
-                chunk_acc[vm, vd] = (
-                    _sum_of_planes(out, vm, vd, M, N) * p_unit[vm, vd // G] + p_zero[vm, vd // G]
-                )
+                chunk_acc[vm, vd] = product[vm, vd] * unit[vm, vd // G] + base[vm, vd // G]
 
     return outputs

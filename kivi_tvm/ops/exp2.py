@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 from tvm.script import tirx as T
 
-# Taylor series of 2^f = e^(f ln 2); on [-1/2, 1/2] its remainder is below 1.3e-7.
-_DEGREE = 6
-_COEFFICIENTS = [math.log(2) ** n / math.factorial(n) for n in range(_DEGREE + 1)]
+# 2^f on [-1/2, 1/2]: the polynomial of this degree with the least relative error, 9e-8, among those
+# that are exactly 1 at 0 (fitted in float64).
+_COEFFICIENTS = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151264, 0.00132647272)
 _LOWEST = -126.0  # below it 2^x is not a normal float32; softmax weights that small are zero
+# Added to a float32 of at most 2^22, it leaves the nearest integer in the low bits.
+ROUNDER = 12582912.0
 
 
 def exp2(x):
     """`2^x` for float32 `x <= 127`; NaN stays NaN, arguments below -126 give 2^-126."""
     x = T.Select(x < T.float32(_LOWEST), T.float32(_LOWEST), x)
-    whole = T.nearbyint(x)
-    fraction = x - whole
+    fraction = x - T.nearbyint(x)
     poly = T.float32(_COEFFICIENTS[-1])
     for coefficient in reversed(_COEFFICIENTS[:-1]):
         poly = poly * fraction + T.float32(coefficient)
-    exponent = T.Cast("int32", T.Select(whole == whole, whole, T.float32(0)))
-    return poly * T.reinterpret("float32", (exponent + 127) << 23)
+    exponent = (T.reinterpret("int32", x + T.float32(ROUNDER)) << 23) + (127 << 23)
+    return poly * T.reinterpret("float32", exponent)

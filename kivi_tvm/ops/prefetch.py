@@ -5,30 +5,32 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 LINE_BYTES = 64
-READ, KEEP, DATA = 0, 3, 1  # arguments of llvm.prefetch
+READ, KEEP, DATA = 0, 2, 1
 
 
 def prefetch_block(name: str, pages: int, rows: int, columns: int, itemsize: int):
     """Ask for `[rows, columns]` of one head in each of `pages` pages, a cache line at a time.
 
-    The macro takes the buffer `[N, H_kv, rows, columns]`, a function from `0 .. pages - 1` to a
-    page's number, and the head.
+    The macro takes the buffer `[N, H_kv, rows, columns]`, the pages' numbers `[pages]` and the
+    head.
     """
     step = min(LINE_BYTES // itemsize, rows * columns)
+    lines = -(-rows * columns // step)
 
     @T.macro
     def prefetch(buffer, page, head):
-        for j, line in T.grid(pages, T.ceildiv(rows * columns, step)):
+        for line in range(pages * lines):
             with T.sblock(name):
-                vj, vl = T.axis.remap("SS", [j, line])
+                vl = T.axis.opaque(pages * lines, line)
                 T.reads()
                 T.writes()
+                first = T.meta_var(vl % lines * step)
                 T.evaluate(
                     T.call_intrin(
                         "void",
                         "tirx.prefetch",
                         T.address_of(
-                            buffer[page(vj), head, vl * step // columns, vl * step % columns]
+                            buffer[page[vl // lines], head, first // columns, first % columns]
                         ),
                         READ,
                         KEEP,

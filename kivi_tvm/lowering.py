@@ -1,0 +1,102 @@
+"""How scheduled functions are lowered: TVM's pipeline, with the tiles of CPU kernels on the stack.
+
+TVM allocates a function's buffers from a heap, but for those in scope "global" below 1 kB, which
+its storage planner makes part of larger ones. Register tiles then never become registers, and every
+call of a kernel allocates. On the stack LLVM sees whole lifetimes, and what fits becomes registers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.ir import IRModule
+from tvm.tirx import (
+    AllocBuffer,
+    AttrStmt,
+    Buffer,
+    DeclBuffer,
+    For,
+    IfThenElse,
+    IntImm,
+    PrimFunc,
+    SeqStmt,
+    Stmt,
+    decl_buffer,
+)
+from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
+from tvm.ir.transform import PassContext, Sequential, module_pass
+
+NAME = "kivi_tvm"
+LINE_BYTES = 64
+MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
+
+
+@cache
+def pipeline() -> str:
+    """The name of the pipeline, for `tvm.compile(..., tir_pipeline=)`."""
+    register_tir_pipeline(NAME, _pipeline)
+    return NAME
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    lower, host, device = get_tir_pipeline("s_tir")
+    return lower, lambda: Sequential([keep_on_stack, host()]), device
+
+
+@module_pass(opt_level=0, name="kivi_tvm.keep_on_stack")
+def keep_on_stack(module: IRModule, _: PassContext) -> IRModule:
+    """Exempt buffers of constant size from what `LowerTVMBuiltin` does with them."""
+    found = {}
+    for name, function in module.functions.items():
+        if isinstance(function, PrimFunc):
+            function = function.with_body(_on_stack(function.body))
+        found[name] = function
+    return IRModule(found, attrs=module.attrs)
+
+
+def _on_stack(stmt: Stmt) -> Stmt:
+    if isinstance(stmt, SeqStmt):
+        return SeqStmt([_on_stack(each) for each in stmt.seq])
+    if isinstance(stmt, For):
+        return For(
+            stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _on_stack(stmt.body),
+            stmt.thread_binding, stmt.annotations, stmt.step,
+        )  # fmt: skip
+    if isinstance(stmt, AttrStmt):
+        return AttrStmt(stmt.node, stmt.attr_key, stmt.value, _on_stack(stmt.body))
+    if isinstance(stmt, IfThenElse):
+        other = stmt.else_case and _on_stack(stmt.else_case)
+        return IfThenElse(stmt.condition, _on_stack(stmt.then_case), other)
+    if isinstance(stmt, AllocBuffer) and 0 < _constant_bytes(stmt.buffer) <= MAX_STACK_BYTES:
+        return _aligned(stmt)
+    return stmt
+
+
+def _aligned(stmt: AllocBuffer) -> Stmt:
+    """An allocation on the stack that vectors do not straddle cache lines in.
+
+    LLVM's code generator aligns arrays of scalars to 16 bytes, those of vectors to the vector.
+    """
+    buffer, size = stmt.buffer, _constant_bytes(stmt.buffer)
+    dtype = tvm.DataType(buffer.dtype)
+    annotations = {**stmt.annotations, "disable_lower_builtin": IntImm("bool", 1)}
+    if dtype.lanes > 1 or size % LINE_BYTES:
+        return AllocBuffer(buffer, annotations)
+    storage = decl_buffer(
+        (size // LINE_BYTES,), f"{dtype}x{LINE_BYTES // dtype.itemsize}", f"{buffer.name}_storage",
+        scope=buffer.scope(),
+    )  # fmt: skip
+    return SeqStmt([AllocBuffer(storage, annotations), DeclBuffer(buffer, data=storage.data)])
+
+
+def _constant_bytes(buffer: Buffer) -> int:
+    """Bytes of a buffer whose shape is known, else 0."""
+    count = tvm.DataType(buffer.dtype).itemsize
+    for extent in buffer.shape:
+        if not isinstance(extent, IntImm):
+            return 0
+        count *= int(extent)
+    return count
