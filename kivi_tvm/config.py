@@ -15,7 +15,8 @@ MAX_INTEGER_BITS = 4  # products of four larger codes would not fit the byte ins
 WINDOWS = ("kivi", "exact")
 WORD_BITS = 32
 MIN_PAGE_SIZE = 32
-CHUNK_TOKENS = 128
+PAGE_SIZE = 128
+CHUNK_TOKENS = 256
 SPLIT_TOKENS = 1024
 EXTEND_TOKENS = 16
 EXTEND_ROWS = 128
@@ -61,7 +62,7 @@ class KernelKey:
 
     @property
     def chunk_tokens(self) -> int:
-        """Packed tokens whose scores `attend` holds at once: whole pages, about 128 tokens.
+        """Packed tokens whose scores `attend` holds at once: whole pages, about 256 tokens.
 
         With the queries of several tokens the chunk is one page: their scores fill the same cache.
         """
@@ -121,7 +122,8 @@ class KiviConfig:
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None
-        `P`: tokens per page, a multiple of 32 and of `G_k`; default the larger of the two.
+        `P`: tokens per page, a multiple of 32 and of `G_k`; default 128. Smaller pages waste less
+        memory at the end of a sequence; a head's part of a larger one is longer to read in a row.
 
     Raises
     ------
@@ -255,7 +257,7 @@ class KiviConfig:
 
     @property
     def P(self) -> int:
-        return max(MIN_PAGE_SIZE, self.G_k) if self.page_size is None else self.page_size
+        return PAGE_SIZE if self.page_size is None else self.page_size
 
     def compute_mode(self, byte_dot: bool = False) -> str:
         """The mode that `compute` is, where the processor has dot products of bytes or not.

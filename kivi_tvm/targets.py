@@ -31,6 +31,7 @@ class Hardware:
 
     model: str  # programming model: the folder of its schedules
     vector_bits: int
+    vector_registers: int
     byte_dot: str | None = None  # how dot products of bytes are computed: `schedules/byte_dot.py`
 
     @property
@@ -142,7 +143,10 @@ def hardware(target: Target) -> Hardware:
     # TVM's own figure is 512 for every x86.
     widths = (bits for feature, bits in VECTOR_BITS.items() if feature in features)
     width = next(widths, 128) if _is_x86(target) else int(codegen.llvm_get_vector_width(target))
-    return Hardware(model="cpu", vector_bits=width, byte_dot=byte_dot)
+    registers = 16 if _is_x86(target) and width < 512 else 32
+    return Hardware(
+        model="cpu", vector_bits=width, vector_registers=registers, byte_dot=byte_dot
+    )
 
 
 def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:

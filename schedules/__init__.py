@@ -37,8 +37,9 @@ def rule(op: str, hardware: Hardware) -> Rule:
 
 def offers(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     """Parameters of the factory of `op` that may be chosen, for the kernels of `key`."""
-    found: Callable[[KernelKey], Offers] | None = getattr(_file(op, hardware), "offers", None)
-    return found(key) if found else {}
+    found: Callable[[KernelKey, Hardware], Offers] | None
+    found = getattr(_file(op, hardware), "offers", None)
+    return found(key, hardware) if found else {}
 
 
 def _file(op: str, hardware: Hardware) -> ModuleType:

@@ -1,8 +1,8 @@
 """Dot products of four bytes in one instruction, as tensor intrinsics.
 
-`byte_dot` multiplies the four bytes of a 32-bit lane (codes, at most 15) with the four int8 of a
-quad that all lanes share, and adds the products to an int32. It is plain TensorIR to whoever reads
-the operator; only what is emitted differs from chip to chip.
+`byte_dot` multiplies the four bytes of a 32-bit lane with the four int8 of a quad that all lanes
+share, and adds the products to an int32; `byte_sum` adds up the int8 of every lane's own quad. Both
+are plain TensorIR to whoever reads the operator; only what is emitted differs from chip to chip.
 """
 
 from __future__ import annotations
@@ -11,6 +11,18 @@ from functools import cache
 
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
+
+
+# The widest bytes that multiply without loss: vpdpbusd takes unsigned ones and adds in 32 bits;
+# pairs of products must fit int16, or the codes are signed.
+UNSIGNED = ("vnni",)
+# Lanes that there are instructions for.
+LANES = {"vnni": (4, 8, 16), "maddubs": (8, 16), "sdot": (2, 4)}
+
+
+def has(kind: str, lanes: int) -> bool:
+    """Tell whether there is an instruction of this kind for so many 32-bit lanes."""
+    return lanes in LANES[kind]
 
 
 @cache
@@ -108,7 +120,7 @@ def _one_instruction(call: str, lanes: int):
 
 
 def _maddubs(lanes: int):
-    """AVX2 and AVX-512 without VNNI: pairs of products fit int16, since codes are at most 15."""
+    """AVX2 and AVX-512 without VNNI: pairs of products fit int16 while codes are at most 15."""
     pairs = f"int16x{2 * lanes}"
     first, second = {
         8: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),

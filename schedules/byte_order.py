@@ -16,38 +16,38 @@ BYTES = 4
 
 @cache
 def byte_order(words: int, places: int) -> str:
-    """The name of the intrinsic that makes four vectors, one per byte, of `words` words."""
+    """The name of the intrinsic that makes four vectors of `words` words, one per byte."""
     name = f"kivi_tvm.byte_order.{words}x{places}"
     lanes = words * places
 
     def moved(plain, byte: int):
         vectors = [plain.vload([part * lanes], f"float32x{lanes}") for part in range(BYTES)]
-        places_of = [(w * BYTES + byte) * places + i for w in range(words) for i in range(places)]
-        return T.Shuffle(vectors, [T.int32(i) for i in places_of])
+        source = [(w * BYTES + byte) * places + i for w in range(words) for i in range(places)]
+        return T.Shuffle(vectors, [T.int32(i) for i in source])
 
     @T.prim_func(s_tir=True)
-    def description(a: T.handle, b: T.handle) -> None:
+    def description(plain_handle: T.handle, ordered_handle: T.handle) -> None:
         stride = T.int32()
-        plain = T.match_buffer(a, (BYTES * lanes,), "float32", offset_factor=1)
+        plain = T.match_buffer(plain_handle, (BYTES * lanes,), "float32", offset_factor=1)
         ordered = T.match_buffer(
-            b, (BYTES, lanes), "float32", offset_factor=1, strides=(stride, 1)
+            ordered_handle, (BYTES, lanes), "float32", offset_factor=1, strides=(stride, 1)
         )
         with T.sblock("root"):
             T.reads(plain[0 : BYTES * lanes])
             T.writes(ordered[0:BYTES, 0:lanes])
             for b, w, i in T.grid(BYTES, words, places):
                 with T.sblock("move"):
-                    vb, vw, vs = T.axis.remap("SSS", [b, w, i])
-                    ordered[vb, vw * places + vs] = plain[
-                        vw * (BYTES * places) + (vb * places + vs)
+                    vb, vw, vi = T.axis.remap("SSS", [b, w, i])
+                    ordered[vb, vw * places + vi] = plain[
+                        vw * (BYTES * places) + (vb * places + vi)
                     ]
 
     @T.prim_func(s_tir=True)
-    def implementation(a: T.handle, b: T.handle) -> None:
+    def implementation(plain_handle: T.handle, ordered_handle: T.handle) -> None:
         stride = T.int32()
-        plain = T.match_buffer(a, (BYTES * lanes,), "float32", offset_factor=1)
+        plain = T.match_buffer(plain_handle, (BYTES * lanes,), "float32", offset_factor=1)
         ordered = T.match_buffer(
-            b, (BYTES, lanes), "float32", offset_factor=1, strides=(stride, 1)
+            ordered_handle, (BYTES, lanes), "float32", offset_factor=1, strides=(stride, 1)
         )
         with T.sblock("root"):
             T.reads(plain[0 : BYTES * lanes])

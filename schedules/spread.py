@@ -1,4 +1,8 @@
-"""Spread work that depends on nothing, such as hints to fetch memory, over the turns of a loop."""
+"""Spread what depends on nothing, such as hints to fetch memory, over the turns of a loop.
+
+A loop of hints in one place waits for the memory that it asks for: a processor has some 20 requests
+under way and stops at the next one. A few hints before every few hundred instructions cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,64 +10,73 @@ from collections.abc import Sequence
 
 from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm.s_tir.schedule import LoopRV
-from tvm.tirx import For, ForKind, SeqStmt, Stmt, Var, const, min as smaller
+from tvm.s_tir.sblock_scope import StmtSRef
+from tvm.tirx import Expr, For, ForKind, SeqStmt, Stmt, Var, const
+from tvm.tirx import min as smaller
 
 
 def spread(sch: Schedule, names: Sequence[str], loops: Sequence[LoopRV]) -> None:
-    """Do the blocks `names`, each with one loop, in equal parts at the start of every turn.
+    """Do the blocks `names` in equal parts, each at the start of a turn of `loops`.
 
-    `loops` are those from the blocks' scope down to the one whose turns are meant. Nothing may
-    depend on the blocks. Too many turns do their last part again, which must be harmless.
+    Each of them has one loop, whose iterations may be repeated, and writes nothing; `loops` are
+    those between the block that all of this is in and the turns. Nothing else may be scheduled
+    around these loops afterwards.
     """
+    nests = [sch.get(sch.get_loops(sch.get_sblock(name))[0]) for name in names]
     path = [sch.get(loop) for loop in loops]
-    nests = {sch.get(sch.get_loops(sch.get_sblock(name))[0]).loop_var: name for name in names}
-    scope = sch.get_sref(sch.get_sblock(names[0])).parent
-    while not isinstance(scope.stmt, SBlock):
-        scope = scope.parent
+    around = _enclosing_block(sch.get_sref(sch.get_sblock(names[0])))
+    block = around.stmt
+    parts = [_part(nest, *_turns(path)) for nest in nests]
+    body = _with_parts(_without(block.body, nests), path, parts)
+    changed = SBlock(
+        block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init,
+        block.alloc_buffers, block.match_buffers, block.annotations,
+    )  # fmt: skip
+    sch.state.replace(around, changed, {block: changed})
+
+
+def _enclosing_block(sref: StmtSRef) -> StmtSRef:
+    while not isinstance((sref := sref.parent).stmt, SBlock):
+        pass
+    return sref
+
+
+def _turns(path: Sequence[For]) -> tuple[Expr, int]:
+    """The number of a turn of nested loops, and how many there are."""
     turn, turns = const(0), 1
     for loop in path:
         extent = int(loop.extent)
         turn, turns = turn * extent + loop.loop_var, turns * extent
-    found: list[Stmt] = []
-
-    def without(stmt: Stmt) -> Stmt | None:
-        if isinstance(stmt, SeqStmt):
-            kept = [each for each in map(without, stmt.seq) if each is not None]
-            return kept[0] if len(kept) == 1 else SeqStmt(kept)
-        if isinstance(stmt, For) and stmt.loop_var in nests:
-            found.append(stmt)
-            return None
-        return stmt
-
-    def with_parts(stmt: Stmt, depth: int) -> Stmt:
-        if isinstance(stmt, SeqStmt):
-            return SeqStmt([with_parts(each, depth) for each in stmt.seq])
-        if not isinstance(stmt, For) or not stmt.loop_var.same_as(path[depth].loop_var):
-            return stmt
-        if depth + 1 < len(path):
-            body = with_parts(stmt.body, depth + 1)
-        else:
-            body = SeqStmt([*(_part(nest, turn, turns) for nest in found), stmt.body])
-        return For(
-            stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body, stmt.thread_binding,
-            stmt.annotations,
-        )  # fmt: skip
-
-    old = scope.stmt
-    body = without(old.body)
-    new = SBlock(
-        old.iter_vars, old.reads, old.writes, old.name_hint, with_parts(body, 0), old.init,
-        old.alloc_buffers, old.match_buffers, old.annotations,
-    )  # fmt: skip
-    sch.state.replace(scope, new, {old: new})
+    return turn, turns
 
 
-def _part(nest: For, turn, turns: int) -> Stmt:
-    """The part of a loop over one block that belongs to `turn` of `turns`."""
-    count = int(nest.extent)
+def _part(nest: For, turn: Expr, turns: int) -> Stmt:
+    """The iterations of `nest` that belong to `turn` of `turns`; the last one fills up."""
+    count, realize = int(nest.extent), nest.body
     size = -(-count // turns)
-    realize = nest.body
     step = Var("step", "int32")
-    at = smaller(turn * size + step, count - 1) if size * turns != count else turn * size + step
+    at = turn * size + step
+    if size * turns != count:
+        at = smaller(at, count - 1)
     part = SBlockRealize([at], realize.predicate, realize.block)
     return For(step, const(0), const(size), ForKind.UNROLLED, part)
+
+
+def _without(stmt: Stmt, nests: Sequence[For]) -> Stmt:
+    """A sequence without these of its statements."""
+    kept = [each for each in stmt.seq if not any(each.same_as(nest) for nest in nests)]
+    return kept[0] if len(kept) == 1 else SeqStmt(kept)
+
+
+def _with_parts(stmt: Stmt, path: Sequence[For], parts: Sequence[Stmt]) -> Stmt:
+    """`stmt` with `parts` at the start of the body of the last loop of `path`."""
+    if isinstance(stmt, SeqStmt):
+        return SeqStmt([_with_parts(each, path, parts) for each in stmt.seq])
+    if not stmt.same_as(path[0]):
+        return stmt
+    inner = path[1:]
+    body = _with_parts(stmt.body, inner, parts) if inner else SeqStmt([*parts, stmt.body])
+    return For(
+        stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body, stmt.thread_binding,
+        stmt.annotations, stmt.step,
+    )  # fmt: skip

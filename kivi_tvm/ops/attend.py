@@ -26,6 +26,9 @@ from kivi_tvm.ops.online_softmax import (
 )
 from kivi_tvm.ops.prefetch import prefetch_block
 
+# Blocks that ask for the memory of the next chunk.
+FETCH_KEYS = "fetch_k_code", "fetch_k_scale", "fetch_k_zero"
+FETCH_VALUES = "fetch_v_code", "fetch_v_scale", "fetch_v_zero"
 COMPUTE_ATTR = "kivi.compute"  # of a function in another mode than "float"
 CONTRACTIONS = {"float": contract_float, "int8": contract_int8, "int8x2": contract_int8}
 
@@ -69,12 +72,13 @@ def attend(
     CHUNKS, PAGES, N_k, N_v = SPLIT // C, C // P, P // G_k, D // G_v
 
     fetch = [
-        prefetch_block("fetch_k_code", PAGES, D // W_k, P, 4),
-        prefetch_block("fetch_k_scale", PAGES, N_k, D, 2),
-        prefetch_block("fetch_k_zero", PAGES, N_k, D, 2),
-        prefetch_block("fetch_v_code", PAGES, P // W_v, D, 4),
-        prefetch_block("fetch_v_scale", PAGES, N_v, P, 2),
-        prefetch_block("fetch_v_zero", PAGES, N_v, P, 2),
+        prefetch_block(name, PAGES, rows, columns, itemsize)
+        for name, rows, columns, itemsize in zip(
+            (*FETCH_KEYS, *FETCH_VALUES),
+            (D // W_k, N_k, N_k, P // W_v, N_v, N_v),
+            (P, D, D, D, P, P),
+            (4, 2, 2, 4, 2, 2),
+        )
     ]
     contraction = CONTRACTIONS[key.compute]
     folded, query = contraction.query_shape(key), contraction.query_blocks(key)

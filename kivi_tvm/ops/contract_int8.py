@@ -213,12 +213,15 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
         base = T.sblock_alloc_buffer((M, C // G), "float32")
         k_quad = T.sblock_alloc_buffer((S, D // W, C), "uint32")
         dot = T.sblock_alloc_buffer((S, N, M, C), "int32")
-        product = T.sblock_alloc_buffer((M, C), "float32")
+        dots = T.sblock_alloc_buffer((M, C), "float32")
         for g, d in T.grid(C // G, D):
             with T.sblock("key_scale"):
                 vg, vd = T.axis.remap("SS", [g, d])
-                scale[vg, vd] = T.Cast(
-                    "float32", k_scale[page[vg // (P // G)], head, vg % (P // G), vd]
+                # The unit is common to all groups of a chunk: those not written must not reach it.
+                scale[vg, vd] = T.Select(
+                    vg * G < left,
+                    T.Cast("float32", k_scale[page[vg // (P // G)], head, vg % (P // G), vd]),
+                    T.float32(0),
                 )
         for g, d in T.grid(C // G, D):
             with T.sblock("key_mid"):
@@ -232,9 +235,9 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
                 vg, vb, vw, vs = T.axis.remap("SSSS", [g, b, w, i])
                 ordered[vg, vb, vw * S + vs] = scale[vg, codes.order.element(vw, vb * S + vs)]
         # The largest `q_d s_d` of all groups, or a little more: one pass over the queries.
-        for d, g in T.grid(D, C // G):
+        for g, d in T.grid(C // G, D):
             with T.sblock("key_top"):
-                vd, vg = T.axis.remap("SR", [d, g])
+                vg, vd = T.axis.remap("RS", [g, d])
                 with T.init():
                     top[vd] = T.float32(0)
                 top[vd] = T.max(top[vd], scale[vg, vd])
@@ -271,17 +274,17 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
                     k_quad[vs, vw, vt], vb
                 ) * _signed_byte(quad[vn, vm, vt // G, vw * S + vs], vb)
         for m, t, i in T.grid(M, C, S):
-            with T.sblock("product"):
+            with T.sblock("dots"):
                 vm, vt, vs = T.axis.remap("SSR", [m, t, i])
                 with T.init():
-                    product[vm, vt] = T.float32(0)
-                product[vm, vt] += _float_of(lambda n: dot[vs, n, vm, vt], N) * codes.weight(vs)
+                    dots[vm, vt] = T.float32(0)
+                dots[vm, vt] += _float_of(lambda n: dot[vs, n, vm, vt], N) * codes.weight(vs)
         for m, t in T.grid(M, C):
             with T.sblock("score"):
                 vm, vt = T.axis.remap("SS", [m, t])
                 score[vm, vt] = T.Select(
                     vt < left,
-                    product[vm, vt] * unit[0, vm] + base[vm, vt // G],
+                    dots[vm, vt] * unit[0, vm] + base[vm, vt // G],
                     T.min_value("float32"),
                 )
 
@@ -310,7 +313,7 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
         base = T.sblock_alloc_buffer((M, D // G), "float32")
         v_quad = T.sblock_alloc_buffer((S, C // W, D), "uint32")
         out = T.sblock_alloc_buffer((S, N, M, D), "int32")
-        product = T.sblock_alloc_buffer((M, D), "float32")
+        outs = T.sblock_alloc_buffer((M, D), "float32")
         for g, t in T.grid(D // G, C):
             with T.sblock("value_scale"):
                 vg, vt = T.axis.remap("SS", [g, t])
@@ -369,14 +372,14 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
                     v_quad[vs, vw, vd], vb
                 ) * _signed_byte(quad[vn, vm, vd // G, vw * S + vs], vb)
         for m, d, i in T.grid(M, D, S):
-            with T.sblock("product_out"):
+            with T.sblock("outs"):
                 vm, vd, vs = T.axis.remap("SSR", [m, d, i])
                 with T.init():
-                    product[vm, vd] = T.float32(0)
-                product[vm, vd] += _float_of(lambda n: out[vs, n, vm, vd], N) * codes.weight(vs)
+                    outs[vm, vd] = T.float32(0)
+                outs[vm, vd] += _float_of(lambda n: out[vs, n, vm, vd], N) * codes.weight(vs)
         for m, d in T.grid(M, D):
             with T.sblock("chunk_acc"):
                 vm, vd = T.axis.remap("SS", [m, d])
-                chunk_acc[vm, vd] = product[vm, vd] * unit[vm, vd // G] + base[vm, vd // G]
+                chunk_acc[vm, vd] = outs[vm, vd] * unit[vm, vd // G] + base[vm, vd // G]
 
     return outputs

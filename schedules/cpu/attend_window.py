@@ -9,23 +9,21 @@ from kivi_tvm.ops.attend_window import CHUNK_TOKENS
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.primitives import (
     choose_width,
-    contract_in_registers,
-    dot_by_lanes,
     extent_of,
     parallelize,
     reduce_by_lanes,
-    register_tile,
     vectorize_last,
 )
+from kivi_tvm.schedules.tiles import contract_in_registers, dot_by_lanes, register_tile
 from kivi_tvm.targets import Hardware
 
 ELEMENTWISE = ("q_scaled", "start_acc", "prob", "mass", "new_acc", "keep_acc", "store_acc")
 ACCUMULATORS = 14  # registers of a tile; AVX2 has 16
 
 
-def offers(key: KernelKey) -> Offers:
+def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """A chunk longer than the window computes scores for nothing."""
-    del key  # the window's length is a run-time value
+    del key, hardware  # the window's length is a run-time value
     return {"chunk_tokens": ([16, 32, 64, 128], CHUNK_TOKENS)}
 
 

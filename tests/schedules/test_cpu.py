@@ -15,7 +15,7 @@ from kivi_tvm.schedules import rule
 from kivi_tvm.targets import Hardware
 
 TARGET = targets.resolve("native")
-NARROW, WIDE = Hardware("cpu", 128), Hardware("cpu", 512)
+NARROW, WIDE = Hardware("cpu", 128, 16), Hardware("cpu", 512, 32)
 SERIAL = {"advance"}  # one short loop
 INSPECTION = {"dequantize_key", "dequantize_value"}  # scheduled for threads alone
 
@@ -67,4 +67,4 @@ def test_an_operator_without_a_schedule():
     with pytest.raises(ModuleNotFoundError, match=r"schedules\.cpu\.extend"):
         rule("extend", NARROW)
     with pytest.raises(ModuleNotFoundError, match=r"schedules\.npu"):
-        rule("attend", Hardware("npu", 128))
+        rule("attend", Hardware("npu", 128, 16))
