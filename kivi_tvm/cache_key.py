@@ -19,6 +19,7 @@ CODE_SOURCES = (
     "targets.py",
     "target_names.py",
     "compile.py",
+    "lowering.py",
     "database.py",
     "ops",
     "schedules",

@@ -16,6 +16,7 @@ from kivi_tvm import targets
 from kivi_tvm.config import KernelKey
 from kivi_tvm.database import Found, Record
 from kivi_tvm.host import find_cxx
+from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import FUNCTIONS, OPS
@@ -223,9 +224,7 @@ def compile_kernels(
                 notify(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
-    executable = tvm.compile(
-        scheduled_module(key, target, tuned), target=target, tir_pipeline=pipeline()
-    )
+    executable = compile_module(scheduled_module(key, target, tuned), target)
     return CompiledKernels(
         key,
         target,

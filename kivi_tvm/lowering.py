@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 import tvm
-from tvm import tirx
 from tvm.ir import IRModule
+from tvm.ir.transform import PassContext, Sequential, module_pass
+from tvm.target import Target
 from tvm.tirx import (
     AllocBuffer,
     AttrStmt,
@@ -27,16 +28,19 @@ from tvm.tirx import (
     decl_buffer,
 )
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
-from tvm.ir.transform import PassContext, Sequential, module_pass
 
 NAME = "kivi_tvm"
 LINE_BYTES = 64
 MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
 
 
+def compile_module(module: IRModule, target: Target) -> Any:
+    """The executable of scheduled functions; use this for every kernel."""
+    return tvm.compile(module, target=target, tir_pipeline=_registered())
+
+
 @cache
-def pipeline() -> str:
-    """The name of the pipeline, for `tvm.compile(..., tir_pipeline=)`."""
+def _registered() -> str:
     register_tir_pipeline(NAME, _pipeline)
     return NAME
 

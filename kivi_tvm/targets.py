@@ -144,9 +144,7 @@ def hardware(target: Target) -> Hardware:
     widths = (bits for feature, bits in VECTOR_BITS.items() if feature in features)
     width = next(widths, 128) if _is_x86(target) else int(codegen.llvm_get_vector_width(target))
     registers = 16 if _is_x86(target) and width < 512 else 32
-    return Hardware(
-        model="cpu", vector_bits=width, vector_registers=registers, byte_dot=byte_dot
-    )
+    return Hardware(model="cpu", vector_bits=width, vector_registers=registers, byte_dot=byte_dot)
 
 
 def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:

@@ -12,7 +12,6 @@ from functools import cache
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-
 # The widest bytes that multiply without loss: vpdpbusd takes unsigned ones and adds in 32 bits;
 # pairs of products must fit int16, or the codes are signed.
 UNSIGNED = ("vnni",)

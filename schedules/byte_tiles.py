@@ -164,6 +164,9 @@ def order_bytes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     byte, word, place = sch.get_loops(block)[-3:]
     places = extent_of(sch, place)
     words = largest_power_of_two(extent_of(sch, word), lanes // places)
+    if words == 1:  # nothing lies side by side that did not before
+        sch.vectorize(place)
+        return
     outer, word = sch.split(word, [None, words])
     sch.reorder(outer, byte, word, place)
     sch.tensorize(byte, byte_order(words, places))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tvm.s_tir import SBlock, SBlockRealize, Schedule
-from tvm.s_tir.schedule import LoopRV
 from tvm.s_tir.sblock_scope import StmtSRef
+from tvm.s_tir.schedule import LoopRV
 from tvm.tirx import Expr, For, ForKind, SeqStmt, Stmt, Var, const
 from tvm.tirx import min as smaller
 

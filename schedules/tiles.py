@@ -148,5 +148,3 @@ def dot_by_lanes(sch: Schedule, block: SBlockRV, accumulators: int, lanes: int) 
     fill_registers(sch, sch.decompose_reduction(partial, step))
     # 2. their sums
     fold_lanes(sch, block)
-
-

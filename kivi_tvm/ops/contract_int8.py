@@ -67,7 +67,10 @@ class Codes(NamedTuple):
 
     def bytes_of(self, word, place):
         """The codes at a place of all four bytes."""
-        shift, mask = T.Cast("uint32", self.order.shift(place)), T.uint32(self.order.code_mask * BYTES)
+        shift, mask = (
+            T.Cast("uint32", self.order.shift(place)),
+            T.uint32(self.order.code_mask * BYTES),
+        )
         return word & (mask << shift) if self.masked else (word >> shift) & mask
 
     def weight(self, place):
@@ -165,9 +168,9 @@ def _base_blocks(name: str, M: int, groups: int, count: int, N: int, middle: flo
                 vm, vg, vi = T.axis.remap("SSR", [m, g, i])
                 with T.init():
                     base[vm, vg] = T.float32(0)
-                base[vm, vg] += part[vm, vg, vi] - _float_of(
-                    lambda n: total[n, vm, vg, vi], N
-                ) * (unit(vm, vg) * middle)
+                base[vm, vg] += part[vm, vg, vi] - _float_of(lambda n: total[n, vm, vg, vi], N) * (
+                    unit(vm, vg) * middle
+                )
 
     return bases
 
@@ -179,7 +182,12 @@ def query_shape(key: KernelKey) -> tuple[int, ...]:
 
 def query_blocks(key: KernelKey):
     """The query of every channel as its codes want it: in the order by bytes."""
-    M, D, S, order = key.rows, key.head_dim, 8 // key.key_bits, pack_order(key.pack_order, key.key_bits)
+    M, D, S, order = (
+        key.rows,
+        key.head_dim,
+        8 // key.key_bits,
+        pack_order(key.pack_order, key.key_bits),
+    )
 
     @T.macro
     def query(q_scaled, q_fold):
@@ -262,9 +270,7 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
         for i, w, t in T.grid(S, D // W, C):
             with T.sblock("k_quad"):
                 vs, vw, vt = T.axis.remap("SSS", [i, w, t])
-                k_quad[vs, vw, vt] = codes.bytes_of(
-                    k_code[page[vt // P], head, vw, vt % P], vs
-                )
+                k_quad[vs, vw, vt] = codes.bytes_of(k_code[page[vt // P], head, vw, vt % P], vs)
         for i, n, m, t, w, b in T.grid(S, N, M, C, D // W, 4):
             with T.sblock("dot"):
                 vs, vn, vm, vt, vw, vb = T.axis.remap("SSSSRR", [i, n, m, t, w, b])

@@ -72,13 +72,13 @@ def _scheduled(request: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _export(module: Any, target: Any, path: Path) -> None:
-    import tvm
 
     from kivi_tvm.host import find_cxx
+    from kivi_tvm.lowering import compile_module
 
     part = path.with_name(f".{path.stem}.{os.getpid()}.so")
     try:
-        tvm.compile(module, target=target).export_library(str(part), cc=find_cxx())
+        compile_module(module, target).export_library(str(part), cc=find_cxx())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from tvm.s_tir import Schedule
 
 from kivi_tvm import targets
 from kivi_tvm.host import find_cxx
+from kivi_tvm.lowering import compile_module
 from kivi_tvm.tune.measure import SAMPLES, Guarded, filled, judge
 
 # Read between two timed calls so that the second finds its arguments in memory; an evaluator calls
@@ -149,6 +150,6 @@ def _export_read(target: Json, library: Path) -> None:
         schedule.work_on(name)
         schedule.parallel(schedule.get_loops(schedule.get_sblock("out"))[0])
     part = library.with_name(f".{os.getpid()}.so")
-    compiled = tvm.compile(schedule.mod, target=targets.resolve(target))
+    compiled = compile_module(schedule.mod, targets.resolve(target))
     compiled.export_library(str(part), cc=find_cxx())
     os.replace(part, library)

@@ -106,7 +106,9 @@ def in_integers(sch: Schedule, hardware: Hardware) -> tuple[list[LoopRV], list[L
     lanes, kind, tile = hardware.float32_lanes, hardware.byte_dot, tile_of(hardware)
     # 1. codes times quads
     keys = contract_bytes(sch, ByteBlocks("k_quad", "dot", "dots", "score"), tile, lanes, kind)
-    values = contract_bytes(sch, ByteBlocks("v_quad", "out", "outs", "chunk_acc"), tile, lanes, kind)
+    values = contract_bytes(
+        sch, ByteBlocks("v_quad", "out", "outs", "chunk_acc"), tile, lanes, kind
+    )
     # 2. units of what becomes quads
     reduce_over_rows(sch, sch.get_sblock("key_top"), lanes)
     reduce_by_lanes(sch, sch.get_sblock("q_peak"), lanes)

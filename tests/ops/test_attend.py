@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import tvm
 from configurations import CONFIGS, FEW, config_id, library, with_window
 from inputs import ATTENDED_DATA, draw, strided
 from ops import integer_attention
@@ -19,6 +18,7 @@ from kivi_tvm import targets
 from kivi_tvm.compile import scheduled_function
 from kivi_tvm.config import INTEGER_MODES, MAX_INTEGER_BITS, KiviConfig
 from kivi_tvm.cpu import missing_cpu_flags
+from kivi_tvm.lowering import compile_module
 
 NAMES = ("k_code", "k_scale", "k_zero", "v_code", "v_scale", "v_zero", "table", "state", "slots")
 
@@ -135,7 +135,7 @@ def test_other_processors_round_alike(mcpu):
     cfg = KiviConfig(64, 8, 2, key_bits=4, dtype="float32", compute="int8")
     pool, inputs, plain = check(cfg, [cfg.R + 500])
     schedule = scheduled_function("attend", cfg.kernel_key(), target)
-    kernel = tvm.compile(schedule.mod, target=target)["attend"]
+    kernel = compile_module(schedule.mod, target)["attend"]
     found = Partials(cfg, 1, plain.acc.shape[2])
     work = work_items(pool, cfg.kernel_key().split_tokens)
     kernel(*pool.args(*NAMES), work, inputs.q[0].contiguous(), cfg.D**-0.5, *found.args)
@@ -159,13 +159,12 @@ def test_processors_use_their_dot_products_of_bytes(machine, mcpu, instruction):
         pytest.skip(str(error))
     cfg = KiviConfig(64, 8, 2, compute="int8")
     schedule = scheduled_function("attend", cfg.kernel_key(), target)
-    code = tvm.compile(schedule.mod, target=target).mod.inspect_source("asm")
+    code = compile_module(schedule.mod, target).mod.inspect_source("asm")
     assert len(re.findall(instruction, code)) >= 16
 
 
-@pytest.mark.parametrize("prefetch", ["values", "next"])
-@pytest.mark.parametrize("cfg", FEW, ids=config_id)
-def test_prefetching_changes_no_bit(cfg, prefetch):
+@pytest.mark.parametrize("cfg", [*FEW, *INTEGER], ids=config_id)
+def test_prefetching_changes_no_bit(cfg):
     """The hints may reach beyond a row's last page and the last head: that must be harmless."""
     lengths = [cfg.R + cfg.kernel_key().split_tokens + 63, cfg.R + 1]
     inputs = draw(cfg, max(lengths), lengths)
@@ -175,8 +174,8 @@ def test_prefetching_changes_no_bit(cfg, prefetch):
     work = work_items(pool, cfg.kernel_key().split_tokens)
     plain = attended(cfg, pool, inputs.q[0], cfg.D**-0.5, work)
     target = targets.resolve("native")
-    schedule = scheduled_function("attend", cfg.kernel_key(), target, {"prefetch": prefetch})
-    kernel = tvm.compile(schedule.mod, target=target)["attend"]
+    schedule = scheduled_function("attend", cfg.kernel_key(), target, {"prefetch": "none"})
+    kernel = compile_module(schedule.mod, target)["attend"]
     found = Partials(cfg, len(lengths), int(work[:, 1].max()) + 3)
     kernel(*pool.args(*NAMES), work, inputs.q[0], cfg.D**-0.5, *found.args)
     for mine, theirs in zip(found.args, plain.args, strict=True):

@@ -8,16 +8,15 @@ from tvm.script import tirx as T
 
 from kivi_tvm.schedules.choices import GuidedSchedule
 from kivi_tvm.schedules.primitives import (
-    dot_by_lanes,
     extent_of,
     largest_divisor,
     parallelize,
     reduce_by_lanes,
     reduce_over_rows,
-    register_tile,
     split_off,
     vectorize_last,
 )
+from kivi_tvm.schedules.tiles import dot_by_lanes, register_tile
 
 
 @T.prim_func(s_tir=True)
