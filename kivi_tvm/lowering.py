@@ -50,7 +50,7 @@ def _pipeline() -> tuple[Any, Any, Any]:
     return lower, lambda: Sequential([keep_on_stack, host()]), device
 
 
-@module_pass(opt_level=0, name="kivi_tvm.keep_on_stack")
+@module_pass(opt_level=0, name="kivi_tvm.keep_on_stack")  # type: ignore[untyped-decorator]
 def keep_on_stack(module: IRModule, _: PassContext) -> IRModule:
     """Exempt buffers of constant size from what `LowerTVMBuiltin` does with them."""
     found = {}
@@ -98,7 +98,7 @@ def _aligned(stmt: AllocBuffer) -> Stmt:
 
 def _constant_bytes(buffer: Buffer) -> int:
     """Bytes of a buffer whose shape is known, else 0."""
-    count = tvm.DataType(buffer.dtype).itemsize
+    count: int = tvm.DataType(buffer.dtype).itemsize
     for extent in buffer.shape:
         if not isinstance(extent, IntImm):
             return 0
