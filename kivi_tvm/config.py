@@ -114,11 +114,12 @@ class KiviConfig:
         Model dtype of q, k, v and the window: "float16", "bfloat16" or "float32".
     compute : str
         Compute mode of `attend`: "float" (float32 arithmetic), "int8x2" (codes times the other
-        operand as high and low int8: relative error below 1e-3) or "int8" (a single int8: 5e-2, up
-        to 3e-1 with outlier channels or a peaked softmax); the latter two for at most 4 bits, and
-        slower than "float" where the processor has no dot product of bytes. "auto" is the fastest
-        one whose error is at most a tenth of what quantization itself brings on such data:
-        "int8x2" where it can be had, "float" for float32 caches. The manifest names the mode.
+        operand as high and low int8: relative error below 1e-3) or "int8" (a single int8: about
+        3e-2, also with outlier channels and a peaked softmax); the latter two for at most 4 bits,
+        and slower than "float" where the processor has no dot product of bytes. "auto" is the
+        fastest one whose error is at most a tenth of what quantization itself brings on such data:
+        "int8" with keys or values of 2 bits, "int8x2" with 4, "float" for float32 caches. The
+        manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None
@@ -262,13 +263,17 @@ class KiviConfig:
     def compute_mode(self, byte_dot: bool = False) -> str:
         """The mode that `compute` is, where the processor has dot products of bytes or not.
 
-        "auto" is "int8x2" with them, for at most 4 bits, unless the caches are float32: whoever
-        asks for these wants the exact mode.
+        "auto" is one of integers with them, for at most 4 bits, unless the caches are float32:
+        whoever asks for these wants the exact mode. A single int8 has 0.4 to 5% of the error of
+        2-bit codes on the data of `kivi-tvm bench attention`, 0.4 to 8% where only keys or values
+        have 2 bits, and up to 25% of that of 4-bit codes.
         """
         if self.compute != "auto":
             return self.compute
         few = max(self.key_bits, self.value_bits) <= MAX_INTEGER_BITS
-        return "int8x2" if byte_dot and few and self.dtype != "float32" else "float"
+        if not (byte_dot and few) or self.dtype == "float32":
+            return "float"
+        return "int8" if min(self.key_bits, self.value_bits) == 2 else "int8x2"
 
     def kernel_key(self, pack_order: str = "plain", byte_dot: bool = False) -> KernelKey:
         """The part of this configuration that a compiled module depends on.

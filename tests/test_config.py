@@ -80,19 +80,21 @@ def test_the_advice_is_valid():
 def test_defaults_and_short_names():
     cfg = KiviConfig(**GOOD)
     assert (cfg.D, cfg.H, cfg.H_kv, cfg.M) == (128, 32, 8, 4)
-    assert (cfg.G_k, cfg.G_v, cfg.R, cfg.P) == (32, 32, 128, 32)
-    assert KiviConfig(**GOOD, group_size=64).P == 64
+    assert (cfg.G_k, cfg.G_v, cfg.R, cfg.P) == (32, 32, 128, 128)
+    assert KiviConfig(**GOOD, page_size=64).P == 64
     assert KiviConfig(64, 71, 1).M == 71
 
 
 def test_auto_is_a_mode_by_what_the_processor_can_and_the_cache_is():
     cfg = KiviConfig(**GOOD)
-    assert (cfg.compute_mode(), cfg.compute_mode(byte_dot=True)) == ("float", "int8x2")
+    assert (cfg.compute_mode(), cfg.compute_mode(byte_dot=True)) == ("float", "int8")
+    assert replace(cfg, value_bits=4).compute_mode(byte_dot=True) == "int8"
+    assert replace(cfg, key_bits=4, value_bits=4).compute_mode(byte_dot=True) == "int8x2"
     assert replace(cfg, dtype="float32").compute_mode(byte_dot=True) == "float"
     assert replace(cfg, value_bits=8).compute_mode(byte_dot=True) == "float"
     for mode in ("float", "int8x2", "int8"):
         assert replace(cfg, compute=mode, dtype="float32").compute_mode(byte_dot=True) == mode
-    assert cfg.kernel_key(byte_dot=True) == replace(cfg, compute="int8x2").kernel_key()
+    assert cfg.kernel_key(byte_dot=True) == replace(cfg, compute="int8").kernel_key()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -16,18 +16,18 @@ from kivi_tvm.layout import (
     ring_buffers,
 )
 
-CFG = KiviConfig(128, 32, 8, key_bits=2, value_bits=4, group_size=32, residual_length=128)
+CFG = KiviConfig(128, 32, 8, key_bits=2, value_bits=4, residual_length=128, page_size=64)
 
 
 def test_page_buffers_of_the_design():
     found = {name: (buffer.shape, buffer.dtype) for name, buffer in page_buffers(CFG, 10).items()}
     assert found == {
-        "k_code": ((10, 8, 8, 32), "uint32"),
-        "k_scale": ((10, 8, 1, 128), "float16"),
-        "k_zero": ((10, 8, 1, 128), "float16"),
-        "v_code": ((10, 8, 4, 128), "uint32"),
-        "v_scale": ((10, 8, 4, 32), "float16"),
-        "v_zero": ((10, 8, 4, 32), "float16"),
+        "k_code": ((10, 8, 8, 64), "uint32"),
+        "k_scale": ((10, 8, 2, 128), "float16"),
+        "k_zero": ((10, 8, 2, 128), "float16"),
+        "v_code": ((10, 8, 8, 128), "uint32"),
+        "v_scale": ((10, 8, 4, 64), "float16"),
+        "v_zero": ((10, 8, 4, 64), "float16"),
     }
 
 
@@ -69,7 +69,7 @@ def test_packed_counts(length, keys, values):
     assert (packed_keys(CFG, length), packed_values(CFG, length)) == (keys, values)
 
 
-@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (32, 1), (33, 2), (256, 8)])
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (64, 1), (65, 2), (256, 4)])
 def test_num_pages(tokens, pages):
     assert num_pages(CFG, tokens) == pages
 

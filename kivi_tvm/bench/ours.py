@@ -21,8 +21,8 @@ from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.workloads import Inputs, Workload
 
 # On data that is not "normal". Outputs that are almost 0 lose digits in float32 (1e-5 was seen at
-# 2,048 tokens); "int8" was seen to lose 1.2e-1 to outlier channels, `KiviConfig` says up to 3e-1.
-HARD_L2 = {"float": 1e-4, "int8x2": 1e-3, "int8": 3e-1}
+# 2,048 tokens).
+HARD_L2 = {"float": 1e-4, "int8x2": 1e-3, "int8": 1e-1}
 
 
 def kivi_bytes(cfg: KiviConfig, lengths: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from kivi_tvm import KiviConfig
 from kivi_tvm.layout import NO_PAGE, num_pages
 from kivi_tvm.runtime.pages import PageTable
 
-CFG = KiviConfig(head_dim=64, num_heads=2, num_kv_heads=1)
+CFG = KiviConfig(head_dim=64, num_heads=2, num_kv_heads=1, page_size=32)
 SLOTS = 3
 COUNTS = st.lists(st.integers(0, 700), min_size=SLOTS, max_size=SLOTS)
 

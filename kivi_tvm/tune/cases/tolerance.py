@@ -14,7 +14,7 @@ RELATIVE_L2 = {
 }
 
 # What the integer compute modes add on the data of tests: 15 or 7 bits of the prepared operand.
-INTEGER_L2 = {"int8x2": 1e-3, "int8": 1.5e-1}
+INTEGER_L2 = {"int8x2": 1e-3, "int8": 8e-2}
 
 
 def limit(dtype: torch.dtype, max_score: float = 0.0, compute: str = "float") -> float:
