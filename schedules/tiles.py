@@ -126,10 +126,12 @@ def unroll_off(sch: Schedule, name: str, loop: LoopRV) -> list[LoopRV]:
     return loops
 
 
-def dot_by_lanes(sch: Schedule, block: SBlockRV, accumulators: int, lanes: int) -> None:
+def dot_by_lanes(
+    sch: Schedule, block: SBlockRV, accumulators: int, lanes: int
+) -> list[LoopRV]:
     """Run dot products of contiguous operands in partial results by lane, as register tiles.
 
-    `block` has the loops (row, column, reduced axis). Choices, by its name: `_lanes`, and `_tile`,
+    `block` has the loops (row, column, reduced axis). Returns the loops over tiles. Choices, by its name: `_lanes`, and `_tile`,
     the results of a tile, by default those that load least with at most `accumulators`.
     """
     name = sch.get(block).name_hint
@@ -148,3 +150,4 @@ def dot_by_lanes(sch: Schedule, block: SBlockRV, accumulators: int, lanes: int) 
     fill_registers(sch, sch.decompose_reduction(partial, step))
     # 2. their sums
     fold_lanes(sch, block)
+    return [row_tile, tile]

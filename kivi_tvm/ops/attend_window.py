@@ -10,7 +10,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import LENGTH, PACKED_VALUES
+from kivi_tvm.layout import DTYPE_BYTES, LENGTH, PACKED_VALUES
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
@@ -18,11 +18,14 @@ from kivi_tvm.ops.online_softmax import (
     start_blocks,
     store_blocks,
 )
+from kivi_tvm.ops.prefetch import prefetch_tokens
 
 CHUNK_TOKENS = 32
+# Blocks that ask for the memory of the next chunk.
+FETCH_KEYS, FETCH_VALUES = "fetch_keys", "fetch_values"
 
 
-def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS):
+def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: str = "none"):
     """Partial attention of every row over its window, stored as one partial result.
 
     Parameters
@@ -30,6 +33,9 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS):
     key : KernelKey
     chunk_tokens : int
         Tokens whose scores are held at once.
+    prefetch : str
+        "next" asks for the memory of the next chunk in blocks `fetch_*`, which a schedule spreads
+        over the work on this one; "none" does not.
 
     Returns
     -------
@@ -39,6 +45,9 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS):
         head; the result is number `X - entry`; rows with slot -1 are skipped.
     """
     D, M, C, dtype = key.head_dim, key.rows, chunk_tokens, key.dtype
+    fetch_keys, fetch_values = (
+        prefetch_tokens(name, C, D, DTYPE_BYTES[dtype]) for name in (FETCH_KEYS, FETCH_VALUES)
+    )
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 
@@ -122,6 +131,19 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS):
                                 vt = T.axis.spatial(C, t)
                                 at = T.meta_var(oldest[0] + T.min(vc * C + vt, count - 1))
                                 source[vt] = at - T.Select(at >= ring, ring, 0)
+                        if prefetch == "next":
+                            # The next chunk, or the first one of the next head.
+                            ends = T.meta_var((vc + 1) * C >= count)
+                            first = T.meta_var(T.Select(ends, 0, (vc + 1) * C))
+                            head = T.meta_var(T.Select(ends, T.min(vh + 1, H_kv - 1), vh))
+                            next_source = T.sblock_alloc_buffer((C,), "int32")
+                            for t in range(C):
+                                with T.sblock("next_source"):
+                                    vt = T.axis.spatial(C, t)
+                                    at = T.meta_var(oldest[0] + T.min(first + vt, count - 1))
+                                    next_source[vt] = at - T.Select(at >= ring, ring, 0)
+                            fetch_keys(k_ring, slot, head, next_source)
+                            fetch_values(v_ring, slot, head, next_source)
                         for m, t, d in T.grid(M, C, D):
                             with T.sblock("dot"):
                                 vm, vt, vd = T.axis.remap("SSR", [m, t, d])
