@@ -17,15 +17,15 @@ COMBINE = {"sum": lambda a, b: a + b, "max": T.max, "min": T.min}
 
 
 @cache
-def lane_reduce(kind: str, lanes: int) -> str:
-    """The name of the intrinsic that folds `lanes` float32 lanes, a power of two, into a scalar."""
-    name = f"kivi_tvm.lane_reduce.{kind}.{lanes}"
-    combine = COMBINE[kind]
+def lane_reduce(kind: str, dtype: str, lanes: int) -> str:
+    """The name of the intrinsic that folds `lanes` lanes, a power of two, into a scalar."""
+    name = f"kivi_tvm.lane_reduce.{kind}.{dtype}.{lanes}"
+    combine, vector = COMBINE[kind], f"{dtype}x{lanes}"
 
     @T.prim_func(s_tir=True)
     def description(
-        part: T.Buffer((lanes,), "float32", offset_factor=1),
-        total: T.Buffer((1,), "float32", offset_factor=1),
+        part: T.Buffer((lanes,), dtype, offset_factor=1),
+        total: T.Buffer((1,), dtype, offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(total[0], part[0:lanes])
@@ -37,28 +37,30 @@ def lane_reduce(kind: str, lanes: int) -> str:
 
     @T.prim_func(s_tir=True)
     def implementation(
-        part: T.Buffer((lanes,), "float32", offset_factor=1),
-        total: T.Buffer((1,), "float32", offset_factor=1),
+        part: T.Buffer((lanes,), dtype, offset_factor=1),
+        total: T.Buffer((1,), dtype, offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(total[0], part[0:lanes])
             T.writes(total[0])
-            total[0] = combine(total[0], _fold(combine, [part.vload([0], _vector(lanes))], lanes))
+            total[0] = combine(
+                total[0], _fold(combine, [part.vload([0], f"{dtype}x{lanes}")], lanes)
+            )
 
     TensorIntrin.register(name, description, implementation)
     return name
 
 
 @cache
-def lane_reduce_rows(kind: str, rows: int, lanes: int) -> str:
+def lane_reduce_rows(kind: str, dtype: str, rows: int, lanes: int) -> str:
     """The same for `rows` vectors at once: a power of two, at most `lanes`."""
-    name = f"kivi_tvm.lane_reduce.{kind}.{rows}x{lanes}"
-    combine = COMBINE[kind]
+    name = f"kivi_tvm.lane_reduce.{kind}.{dtype}.{rows}x{lanes}"
+    combine, vector = COMBINE[kind], f"{dtype}x{lanes}"
 
     @T.prim_func(s_tir=True)
     def description(
-        part: T.Buffer((rows, lanes), "float32", offset_factor=1),
-        total: T.Buffer((rows,), "float32", offset_factor=1),
+        part: T.Buffer((rows, lanes), dtype, offset_factor=1),
+        total: T.Buffer((rows,), dtype, offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(total[0:rows], part[0:rows, 0:lanes])
@@ -70,23 +72,21 @@ def lane_reduce_rows(kind: str, rows: int, lanes: int) -> str:
 
     @T.prim_func(s_tir=True)
     def implementation(
-        part: T.Buffer((rows, lanes), "float32", offset_factor=1),
-        total: T.Buffer((rows,), "float32", offset_factor=1),
+        part: T.Buffer((rows, lanes), dtype, offset_factor=1),
+        total: T.Buffer((rows,), dtype, offset_factor=1),
     ) -> None:
         with T.sblock("root"):
             T.reads(total[0:rows], part[0:rows, 0:lanes])
             T.writes(total[0:rows])
             total[T.ramp(T.int32(0), 1, rows)] = combine(
-                total.vload([0], _vector(rows)),
-                _fold(combine, [part.vload([r, 0], _vector(lanes)) for r in range(rows)], lanes),
+                total.vload([0], f"{dtype}x{rows}"),
+                _fold(
+                    combine, [part.vload([r, 0], f"{dtype}x{lanes}") for r in range(rows)], lanes
+                ),
             )
 
     TensorIntrin.register(name, description, implementation)
     return name
-
-
-def _vector(lanes: int) -> str:
-    return f"float32x{lanes}"
 
 
 def _fold(combine, vectors, lanes: int):

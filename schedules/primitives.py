@@ -79,21 +79,21 @@ def fold_lanes(sch: Schedule, block: SBlockRV) -> None:
     if kind is None or largest_power_of_two(lanes, lanes) != lanes:
         sch.decompose_reduction(block, lane)
         return
+    dtype = sch.get(block).body.buffer.dtype
     rows = largest_power_of_two(extent_of(sch, row), lanes)
     if rows == 1:
         sch.decompose_reduction(block, lane)
-        sch.tensorize(lane, lane_reduce(kind, lanes))
+        sch.tensorize(lane, lane_reduce(kind, dtype, lanes))
         return
     _, row = sch.split(row, [None, rows])
     sch.decompose_reduction(block, row)
-    sch.tensorize(row, lane_reduce_rows(kind, rows, lanes))
+    sch.tensorize(row, lane_reduce_rows(kind, dtype, rows, lanes))
 
 
 def reduction(sch: Schedule, block: SBlockRV) -> str | None:
-    """How a block of float32 reduces, in `lane_reduce`'s words; None if it is none of them."""
-    body = sch.get(block).body
+    """How a block reduces, in `lane_reduce`'s words; None if it is none of them."""
     kinds = {tirx.Add: "sum", tirx.Max: "max", tirx.Min: "min"}
-    return kinds.get(type(body.value)) if body.buffer.dtype == "float32" else None
+    return kinds.get(type(sch.get(block).body.value))
 
 
 def divisors(extent: int, limit: int) -> list[int]:

@@ -126,13 +126,12 @@ def unroll_off(sch: Schedule, name: str, loop: LoopRV) -> list[LoopRV]:
     return loops
 
 
-def dot_by_lanes(
-    sch: Schedule, block: SBlockRV, accumulators: int, lanes: int
-) -> list[LoopRV]:
+def dot_by_lanes(sch: Schedule, block: SBlockRV, accumulators: int, lanes: int) -> list[LoopRV]:
     """Run dot products of contiguous operands in partial results by lane, as register tiles.
 
-    `block` has the loops (row, column, reduced axis). Returns the loops over tiles. Choices, by its name: `_lanes`, and `_tile`,
-    the results of a tile, by default those that load least with at most `accumulators`.
+    `block` has the loops (row, column, reduced axis). Returns the loops over tiles. Choices, by its
+    name: `_lanes`, and `_tile`, the results of a tile, by default those that load least with at
+    most `accumulators`.
     """
     name = sch.get(block).name_hint
     rows, columns, reduced = (extent_of(sch, loop) for loop in sch.get_loops(block))

@@ -142,8 +142,8 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                                     vt = T.axis.spatial(C, t)
                                     at = T.meta_var(oldest[0] + T.min(first + vt, count - 1))
                                     next_source[vt] = at - T.Select(at >= ring, ring, 0)
-                            fetch_keys(k_ring, slot, head, next_source)
-                            fetch_values(v_ring, slot, head, next_source)
+                            fetch_keys(k_ring, slot, head, lambda t: next_source[t])
+                            fetch_values(v_ring, slot, head, lambda t: next_source[t])
                         for m, t, d in T.grid(M, C, D):
                             with T.sblock("dot"):
                                 vm, vt, vd = T.axis.remap("SSR", [m, t, d])

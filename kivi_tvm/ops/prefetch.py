@@ -5,8 +5,8 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 LINE_BYTES = 64
-# Arguments of llvm.prefetch. 2 is the second-level cache: what the next chunk needs would drive this
-# one's out of the first (T=32768, D=128, M=4, int8, one thread: 3.5 ms, with 3 instead 4.2).
+# Arguments of llvm.prefetch. 2 is the second-level cache: what the next chunk needs would drive
+# this one's out of the first (T=32768, D=128, M=4, int8, one thread: 3.5 ms, with 3 instead 4.2).
 READ, KEEP, DATA = 0, 2, 1
 
 
@@ -46,14 +46,14 @@ def prefetch_block(name: str, pages: int, rows: int, columns: int, itemsize: int
 def prefetch_tokens(name: str, tokens: int, channels: int, itemsize: int):
     """Ask for `tokens` tokens of one head, a cache line at a time.
 
-    The macro takes the buffer `[S, H_kv, ring, channels]`, a slot, the head and the tokens' places
-    in the ring `[tokens]`.
+    The macro takes the buffer `[rows, H_kv, T, channels]`, a row, the head and a function from
+    `0 .. tokens - 1` to a token.
     """
     step = min(LINE_BYTES // itemsize, channels)
     lines = -(-channels // step)
 
     @T.macro
-    def prefetch(buffer, slot, head, place):
+    def prefetch(buffer, row, head, token):
         for line in range(tokens * lines):
             with T.sblock(name):
                 vl = T.axis.opaque(tokens * lines, line)
@@ -63,7 +63,7 @@ def prefetch_tokens(name: str, tokens: int, channels: int, itemsize: int):
                     T.call_intrin(
                         "void",
                         "tirx.prefetch",
-                        T.address_of(buffer[slot, head, place[vl // lines], vl % lines * step]),
+                        T.address_of(buffer[row, head, token(vl // lines), vl % lines * step]),
                         READ,
                         KEEP,
                         DATA,

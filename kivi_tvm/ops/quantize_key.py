@@ -5,65 +5,83 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_KEYS, pack_order
-from kivi_tvm.ops.quantize import code_of, non_finite, scale_of, zero_of
+from kivi_tvm.layout import DTYPE_BYTES, PACKED_KEYS, pack_order
+from kivi_tvm.ops.prefetch import prefetch_tokens
+from kivi_tvm.ops.quantize import code_of, edge_of, edges, probe, scale_of, zero_of
+
+FETCH = "fetch"  # the block that asks for the memory of the next group
 
 
 def key_group_blocks(key: KernelKey):
     """The blocks that turn `x [G, D]` float32 into `scale, zero [D]` and `word [D / W, G]`."""
     D, G, W, bits = key.head_dim, key.key_group_size, key.key_codes_per_word, key.key_bits
-    order = pack_order(key.pack_order, bits)
+    order, E = pack_order(key.pack_order, bits), len(edges(bits))
 
     @T.macro
     def key_group(x, scale, zero, word):
         low = T.sblock_alloc_buffer((D,), "float32")
         high = T.sblock_alloc_buffer((D,), "float32")
-        bad = T.sblock_alloc_buffer((D,), "int32")
+        probed = T.sblock_alloc_buffer((D,), "float32")
+        edge = T.sblock_alloc_buffer((E, D), "float32")
+        base = T.sblock_alloc_buffer((D,), "float32")
         code = T.sblock_alloc_buffer((G, D), "uint32")
+        place = T.sblock_alloc_buffer((D // W, G, W), "uint32")
         for t, d in T.grid(G, D):
-            with T.sblock("key_low"):
+            with T.sblock("key_range"):
                 vt, vd = T.axis.remap("RS", [t, d])
                 with T.init():
                     low[vd] = T.max_value("float32")
-                low[vd] = T.min(low[vd], x[vt, vd])
-        for t, d in T.grid(G, D):
-            with T.sblock("key_high"):
-                vt, vd = T.axis.remap("RS", [t, d])
-                with T.init():
                     high[vd] = T.min_value("float32")
+                    probed[vd] = T.float32(0)
+                low[vd] = T.min(low[vd], x[vt, vd])
                 high[vd] = T.max(high[vd], x[vt, vd])
-        for t, d in T.grid(G, D):
-            with T.sblock("key_bad"):
-                vt, vd = T.axis.remap("RS", [t, d])
-                with T.init():
-                    bad[vd] = 0
-                bad[vd] += non_finite(x[vt, vd])
+                probed[vd] = probed[vd] + probe(x[vt, vd])
         for d in range(D):
             with T.sblock("key_scale"):
                 vd = T.axis.spatial(D, d)
-                scale[vd] = scale_of(low[vd], high[vd], bad[vd], bits)
+                scale[vd] = scale_of(low[vd], high[vd], probed[vd], bits)
         for d in range(D):
             with T.sblock("key_zero"):
                 vd = T.axis.spatial(D, d)
-                zero[vd] = zero_of(low[vd], bad[vd])
+                zero[vd] = zero_of(low[vd], probed[vd])
+        for e, d in T.grid(E, D):
+            with T.sblock("key_edge"):
+                ve, vd = T.axis.remap("SS", [e, d])
+                edge[ve, vd] = edge_of(scale[vd], ve, bits)
+        for d in range(D):
+            with T.sblock("key_base"):
+                vd = T.axis.spatial(D, d)
+                base[vd] = T.Cast("float32", zero[vd])
         for t, d in T.grid(G, D):
             with T.sblock("key_code"):
                 vt, vd = T.axis.remap("SS", [t, d])
-                code[vt, vd] = code_of(x[vt, vd], scale[vd], zero[vd], bits)
+                code[vt, vd] = code_of(x[vt, vd], base[vd], lambda e: edge[e, vd], bits)
+        # The codes of a word have bits of their own: their sum is what holds them all.
+        for w, t, i in T.grid(D // W, G, W):
+            with T.sblock("key_place"):
+                vw, vt, vs = T.axis.remap("SSS", [w, t, i])
+                place[vw, vt, vs] = code[vt, order.element(vw, vs)] << T.Cast(
+                    "uint32", order.shift(vs)
+                )
         for w, t, i in T.grid(D // W, G, W):
             with T.sblock("key_word"):
-                vw, vt, vs = T.axis.remap("SSR", [w, t, i])
+                vs, vw, vt = T.axis.remap("RSS", [i, w, t])
                 with T.init():
                     word[vw, vt] = T.uint32(0)
-                word[vw, vt] = word[vw, vt] | (
-                    code[vt, order.element(vw, vs)] << T.Cast("uint32", order.shift(vs))
-                )
+                word[vw, vt] = word[vw, vt] + place[vw, vt, vs]
 
     return key_group
 
 
-def quantize_key(key: KernelKey):
+def quantize_key(key: KernelKey, prefetch: str = "none"):
     """Quantize the first `packed_keys` tokens of every row into its pages.
+
+    Parameters
+    ----------
+    key : KernelKey
+    prefetch : str
+        "next" asks for the memory of the next group in a block `fetch`, which a schedule spreads
+        over the work on this one; "none" does not.
 
     Returns
     -------
@@ -73,6 +91,7 @@ def quantize_key(key: KernelKey):
     """
     D, P, G, W = key.head_dim, key.page_size, key.key_group_size, key.key_codes_per_word
     key_group = key_group_blocks(key)
+    fetch = prefetch_tokens(FETCH, G, D, DTYPE_BYTES[key.dtype])
 
     @T.prim_func(s_tir=True)
     def quantize_key(
@@ -114,6 +133,9 @@ def quantize_key(key: KernelKey):
                 scale = T.sblock_alloc_buffer((D,), "float16")
                 zero = T.sblock_alloc_buffer((D,), "float16")
                 word = T.sblock_alloc_buffer((D // W, G), "uint32")
+                if prefetch == "next":
+                    after = T.meta_var(T.min((vg + 1) * G, tokens - G))
+                    fetch(k, vb, vh, lambda t: after + t)
                 for t, d in T.grid(G, D):
                     with T.sblock("load"):
                         vt, vd = T.axis.remap("SS", [t, d])

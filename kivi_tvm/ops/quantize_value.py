@@ -5,8 +5,13 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_VALUES, pack_order
-from kivi_tvm.ops.quantize import code_of, non_finite, scale_of, zero_of
+from kivi_tvm.layout import DTYPE_BYTES, PACKED_VALUES, pack_order
+from kivi_tvm.ops.prefetch import prefetch_tokens
+from kivi_tvm.ops.quantize import code_of, edge_of, edges, probe, scale_of, zero_of
+
+FETCH = "fetch"  # the block that asks for the memory of the next word's tokens
+ALL_BITS = 0xFFFFFFFF
+PARTS = 16  # partial results of a group: a divisor of every group size
 
 
 def value_token_blocks(key: KernelKey, tokens: int):
@@ -15,48 +20,83 @@ def value_token_blocks(key: KernelKey, tokens: int):
     They fill `scale, zero [D / G_v, tokens]` float16 and `code [tokens, D]` uint32.
     """
     D, G, bits = key.head_dim, key.value_group_size, key.value_bits
+    E = len(edges(bits))
 
     @T.macro
     def value_tokens(x, scale, zero, code):
+        # per lane first: what is reduced last lies side by side
+        low_part = T.sblock_alloc_buffer((D // G, tokens, PARTS), "float32")
+        high_part = T.sblock_alloc_buffer((D // G, tokens, PARTS), "float32")
+        probed_part = T.sblock_alloc_buffer((D // G, tokens, PARTS), "float32")
         low = T.sblock_alloc_buffer((D // G, tokens), "float32")
         high = T.sblock_alloc_buffer((D // G, tokens), "float32")
-        bad = T.sblock_alloc_buffer((D // G, tokens), "int32")
-        for g, t, c in T.grid(D // G, tokens, G):
+        probed = T.sblock_alloc_buffer((D // G, tokens), "float32")
+        edge = T.sblock_alloc_buffer((E, D // G, tokens), "float32")
+        base = T.sblock_alloc_buffer((D // G, tokens), "float32")
+        for g, t, i, c in T.grid(D // G, tokens, PARTS, G // PARTS):
+            with T.sblock("value_range"):
+                vg, vt, vi, vc = T.axis.remap("SSSR", [g, t, i, c])
+                with T.init():
+                    low_part[vg, vt, vi] = T.max_value("float32")
+                    high_part[vg, vt, vi] = T.min_value("float32")
+                    probed_part[vg, vt, vi] = T.float32(0)
+                at = T.meta_var(vg * G + vc * PARTS + vi)
+                low_part[vg, vt, vi] = T.min(low_part[vg, vt, vi], x[vt, at])
+                high_part[vg, vt, vi] = T.max(high_part[vg, vt, vi], x[vt, at])
+                probed_part[vg, vt, vi] = probed_part[vg, vt, vi] + probe(x[vt, at])
+        for g, t, i in T.grid(D // G, tokens, PARTS):
             with T.sblock("value_low"):
-                vg, vt, vc = T.axis.remap("SSR", [g, t, c])
+                vi, vg, vt = T.axis.remap("RSS", [i, g, t])
                 with T.init():
                     low[vg, vt] = T.max_value("float32")
-                low[vg, vt] = T.min(low[vg, vt], x[vt, vg * G + vc])
-        for g, t, c in T.grid(D // G, tokens, G):
+                low[vg, vt] = T.min(low[vg, vt], low_part[vg, vt, vi])
+        for g, t, i in T.grid(D // G, tokens, PARTS):
             with T.sblock("value_high"):
-                vg, vt, vc = T.axis.remap("SSR", [g, t, c])
+                vi, vg, vt = T.axis.remap("RSS", [i, g, t])
                 with T.init():
                     high[vg, vt] = T.min_value("float32")
-                high[vg, vt] = T.max(high[vg, vt], x[vt, vg * G + vc])
-        for g, t, c in T.grid(D // G, tokens, G):
-            with T.sblock("value_bad"):
-                vg, vt, vc = T.axis.remap("SSR", [g, t, c])
+                high[vg, vt] = T.max(high[vg, vt], high_part[vg, vt, vi])
+        for g, t, i in T.grid(D // G, tokens, PARTS):
+            with T.sblock("value_probe"):
+                vi, vg, vt = T.axis.remap("RSS", [i, g, t])
                 with T.init():
-                    bad[vg, vt] = 0
-                bad[vg, vt] += non_finite(x[vt, vg * G + vc])
+                    probed[vg, vt] = T.float32(0)
+                probed[vg, vt] += probed_part[vg, vt, vi]
         for g, t in T.grid(D // G, tokens):
             with T.sblock("value_scale"):
                 vg, vt = T.axis.remap("SS", [g, t])
-                scale[vg, vt] = scale_of(low[vg, vt], high[vg, vt], bad[vg, vt], bits)
+                scale[vg, vt] = scale_of(low[vg, vt], high[vg, vt], probed[vg, vt], bits)
         for g, t in T.grid(D // G, tokens):
             with T.sblock("value_zero"):
                 vg, vt = T.axis.remap("SS", [g, t])
-                zero[vg, vt] = zero_of(low[vg, vt], bad[vg, vt])
+                zero[vg, vt] = zero_of(low[vg, vt], probed[vg, vt])
+        for e, g, t in T.grid(E, D // G, tokens):
+            with T.sblock("value_edge"):
+                ve, vg, vt = T.axis.remap("SSS", [e, g, t])
+                edge[ve, vg, vt] = edge_of(scale[vg, vt], ve, bits)
+        for g, t in T.grid(D // G, tokens):
+            with T.sblock("value_base"):
+                vg, vt = T.axis.remap("SS", [g, t])
+                base[vg, vt] = T.Cast("float32", zero[vg, vt])
         for t, d in T.grid(tokens, D):
             with T.sblock("value_code"):
                 vt, vd = T.axis.remap("SS", [t, d])
-                code[vt, vd] = code_of(x[vt, vd], scale[vd // G, vt], zero[vd // G, vt], bits)
+                code[vt, vd] = code_of(
+                    x[vt, vd], base[vd // G, vt], lambda e: edge[e, vd // G, vt], bits
+                )
 
     return value_tokens
 
 
-def quantize_value(key: KernelKey):
+def quantize_value(key: KernelKey, prefetch: str = "none"):
     """Quantize the first `packed_values` tokens of every row into its pages.
+
+    Parameters
+    ----------
+    key : KernelKey
+    prefetch : str
+        "next" asks for the memory of the next word's tokens in a block `fetch`, which a schedule
+        spreads over the work on this one; "none" does not.
 
     Returns
     -------
@@ -68,6 +108,7 @@ def quantize_value(key: KernelKey):
     D, P, G, W = key.head_dim, key.page_size, key.value_group_size, key.value_codes_per_word
     order = pack_order(key.pack_order, key.value_bits)
     value_tokens = value_token_blocks(key, W)
+    fetch = prefetch_tokens(FETCH, W, D, DTYPE_BYTES[key.dtype])
 
     @T.prim_func(s_tir=True)
     def quantize_value(
@@ -116,6 +157,9 @@ def quantize_value(key: KernelKey):
                 zero = T.sblock_alloc_buffer((D // G, W), "float16")
                 code = T.sblock_alloc_buffer((W, D), "uint32")
                 word = T.sblock_alloc_buffer((D,), "uint32")
+                if prefetch == "next":
+                    after = T.meta_var((vw + 1) * W)
+                    fetch(v, vb, vh, lambda t: T.min(after + t, n_tokens - 1))
                 for t, d in T.grid(W, D):
                     with T.sblock("load"):
                         vt, vd = T.axis.remap("SS", [t, d])
@@ -128,12 +172,16 @@ def quantize_value(key: KernelKey):
                         vd, vs = T.axis.remap("SR", [d, i])
                         with T.init():
                             word[vd] = T.uint32(0)
-                        word[vd] = word[vd] | (
+                        # masked, not selected: a code that is not needed must not be branched over
+                        packed_mask = T.meta_var(
                             T.Select(
                                 vw * W + order.element(0, vs) < packed,
-                                code[order.element(0, vs), vd],
+                                T.uint32(ALL_BITS),
                                 T.uint32(0),
                             )
+                        )
+                        word[vd] = word[vd] + (
+                            (code[order.element(0, vs), vd] & packed_mask)
                             << T.Cast("uint32", order.shift(vs))
                         )
                 for d in range(D):

@@ -10,7 +10,9 @@ from kivi_tvm.targets import Hardware
 
 # The statistics of one value token stay scalar: its word is read and written in one scope, where
 # TVM cannot factor a reduction, and they are a few hundred operations per head.
-ELEMENTWISE = ("load_value", "value_code", "load_word", "store_value_code", "load_key")
+ELEMENTWISE = (
+    "load_value", "value_code", "load_word", "store_value_code", "load_key", "key_code",
+)  # fmt: skip
 
 
 def append(sch: Schedule, hardware: Hardware) -> None:

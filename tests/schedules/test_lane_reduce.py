@@ -7,41 +7,54 @@ from tolerance import relative_l2
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
-from kivi_tvm.schedules.lane_reduce import lane_reduce
+from kivi_tvm.schedules.lane_reduce import lane_reduce, lane_reduce_rows
 from kivi_tvm.schedules.primitives import reduce_by_lanes
 
-EXPECTED = {
-    "sum": lambda x: x.double().sum(1),
-    "max": lambda x: x.double().amax(1),
-    "min": lambda x: x.double().amin(1),
-}
+COMBINE = {"sum": lambda a, b: a + b, "max": T.max, "min": T.min}
+EXPECTED = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
 
 
-def folded(kind, lanes):
-    combine = {"sum": lambda a, b: a + b, "max": T.max, "min": T.min}[kind]
+def folded(kind, dtype, rows, lanes):
+    """Every row of `[3 rows, lanes]` folded into what its result held before, `rows` at once."""
+    combine = COMBINE[kind]
 
     @T.prim_func(s_tir=True)
     def fold(a: T.handle, b: T.handle):
-        A = T.match_buffer(a, (5, lanes), "float32")
-        B = T.match_buffer(b, (5,), "float32")
-        for r, i in T.grid(5, lanes):
+        A = T.match_buffer(a, (3 * rows, lanes), dtype)
+        B = T.match_buffer(b, (3 * rows,), dtype)
+        for r, i in T.grid(3 * rows, lanes):
             with T.sblock("fold"):
-                vr, vi = T.axis.remap("SR", [r, i])
+                vi, vr = T.axis.remap("RS", [i, r])
                 B[vr] = combine(B[vr], A[vr, vi])
 
     sch = Schedule(fold)
-    sch.tensorize(sch.get_loops(sch.get_sblock("fold"))[-1], lane_reduce(kind, lanes))
+    row, lane = sch.get_loops(sch.get_sblock("fold"))
+    if rows == 1:
+        sch.tensorize(lane, lane_reduce(kind, dtype, lanes))
+    else:
+        _, row = sch.split(row, [None, rows])
+        sch.tensorize(row, lane_reduce_rows(kind, dtype, rows, lanes))
     return sch
 
 
-@pytest.mark.parametrize("lanes", [2, 4, 16, 32])
+@pytest.mark.parametrize(
+    ("rows", "lanes"),
+    [(1, 2), (1, 4), (1, 16), (1, 32), (2, 4), (4, 4), (2, 16), (8, 16), (16, 16)],
+)
 @pytest.mark.parametrize("kind", ["sum", "max", "min"])
-def test_all_lanes_are_folded_into_what_was_there(kind, lanes):
-    x = torch.randn(5, lanes)
-    start = torch.randn(5)
+def test_all_lanes_are_folded_into_what_was_there(kind, rows, lanes):
+    x, start = torch.randn(3 * rows, lanes), torch.randn(3 * rows)
     found = start.clone()
-    tvm.compile(folded(kind, lanes).mod, target="llvm")["fold"](x, found)
-    assert relative_l2(found, EXPECTED[kind](torch.cat([x, start[:, None]], 1))) < 1e-6
+    tvm.compile(folded(kind, "float32", rows, lanes).mod, target="llvm")["fold"](x, found)
+    expected = EXPECTED[kind](torch.cat([x, start[:, None]], 1).double(), 1)
+    assert relative_l2(found, expected) < 1e-6
+
+
+def test_integers_are_summed_exactly():
+    x = torch.randint(-(2**20), 2**20, (24, 16), dtype=torch.int32)
+    found = torch.zeros(24, dtype=torch.int32)
+    tvm.compile(folded("sum", "int32", 8, 16).mod, target="llvm")["fold"](x, found)
+    assert torch.equal(found, x.sum(1).to(torch.int32))
 
 
 @T.prim_func(s_tir=True)
