@@ -23,6 +23,9 @@ from kivi_tvm.ops import FUNCTIONS, OPS
 from kivi_tvm.schedules import offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
+# Linked into every library, so that it can run on torch's threads.
+LAUNCH = Path(__file__).with_name("launch.cc")
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernels:
@@ -40,7 +43,7 @@ class CompiledKernels:
 
     def export(self, path: Path) -> None:
         """Write the shared library; needs a C++ compiler."""
-        self.executable.export_library(str(path), cc=find_cxx())
+        self.executable.export_library(str(path), cc=find_cxx(), addons=[str(LAUNCH)])
 
     def manifest(self) -> Manifest:
         """What the compiled functions are, for the artifact or the report."""

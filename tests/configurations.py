@@ -95,7 +95,10 @@ def pairs_of_all(points: list[Point]) -> set[tuple[str, str, object, object]]:
 
 
 def config(point: Point) -> KiviConfig:
-    """A configuration of the point; heads and window differ between points, too."""
+    """A configuration of the point; heads and window differ between points, too.
+
+    In the exact compute mode: what an integer mode rounds would hide a wrong token.
+    """
     heads = 1 if point.queries_per_kv == 71 else 1 + point.page_units % 2
     group = point.key_group_size
     return KiviConfig(
@@ -109,6 +112,7 @@ def config(point: Point) -> KiviConfig:
         residual_length=group * (3 if group <= 32 else 1),
         page_size=point.page_units * max(MIN_PAGE_SIZE, group),
         dtype=point.dtype,
+        compute="float",
     )
 
 

@@ -16,6 +16,8 @@ from kivi_tvm.errors import UserError
 from kivi_tvm.host import RUNTIME_LIBRARY, available_processors, find_runtime_library
 
 Kernel = Callable[..., Any]
+# In the order of `kivi_tvm_use_openmp`.
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 
 _configured = threading.local()
 
@@ -33,11 +35,14 @@ class Library:
         What `tvm_ffi.load_module` or `tvm.compile` returned; it gives functions by `[name]`.
     origin : str
         The file, or "in-process"; named in errors.
+    on_torch_threads : bool
+        Whether its loops run on the threads that torch computes with, or on TVM's own.
     """
 
-    def __init__(self, module: Any, origin: str) -> None:
+    def __init__(self, module: Any, origin: str, on_torch_threads: bool = False) -> None:
         self.module = module
         self.origin = origin
+        self.on_torch_threads = on_torch_threads
         self._functions: dict[str, Kernel] = {}
 
     def __getitem__(self, name: str) -> Kernel:
@@ -76,7 +81,44 @@ def open_library(path: Path) -> Library:
         module = tvm_ffi.load_module(path)
     except RuntimeError as error:
         raise LibraryError(f"cannot open {path}: {error}") from error
-    return Library(module, str(path))
+    return Library(module, str(path), run_on_torch_threads(path))
+
+
+def run_on_torch_threads(path: Path) -> bool:
+    """Let an opened library run its loops on the threads that torch computes with, if it can.
+
+    Returns
+    -------
+    bool
+        False if torch does not use OpenMP or the library has no launch function of its own
+        (`launch.cc`): its loops run on TVM's pool.
+    """
+    library, functions = ctypes.CDLL(str(path)), openmp_functions()
+    if functions is None or not hasattr(library, "kivi_tvm_launch"):
+        return False
+    library.kivi_tvm_use_openmp((ctypes.c_void_p * len(functions))(*functions))
+    # Where the code looks for TVM's function, which was put there when it was opened.
+    launch = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
+    launch.value = ctypes.cast(library.kivi_tvm_launch, ctypes.c_void_p).value
+    return True
+
+
+@cache
+def openmp_functions() -> tuple[int | None, ...] | None:
+    """Addresses of `OPENMP` in the OpenMP runtime that torch is linked to; None if there is none.
+
+    A process may have several of them; a search that begins at torch's own library finds its.
+    """
+    import torch
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if "openmp" not in torch.__config__.parallel_info().lower() or not library.exists():
+        return None
+    try:
+        found = [getattr(ctypes.CDLL(str(library)), name) for name in OPENMP]
+    except (OSError, AttributeError):
+        return None
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in found)
 
 
 @cache
@@ -101,11 +143,11 @@ def load_runtime() -> None:
 def set_thread_defaults() -> None:
     """Set TVM's thread variables unless the user has; call before the first kernel runs.
 
-    Pinned TVM threads fight with torch's pool for the same cores (60 us became 118 us). Waiting
-    threads yield so many times before they sleep: long enough for the next kernel of a `decode`,
-    since waking one takes 15 to 40 us (at 512 tokens a `decode` took 183 us without and takes 79
-    with it; between six small matmuls 233 and 144), short beside TVM's own 300000. TVM's own
-    default count of threads is half the processors it sees.
+    They matter to libraries that cannot run on torch's threads. Pinned TVM threads fight with
+    torch's pool for the same cores (60 us became 118 us). Waiting threads yield so many times
+    before they sleep: long enough for the next kernel of a `decode`, since waking one takes 15 to
+    40 us (at 512 tokens a `decode` took 183 us without and takes 79 with it), short beside TVM's
+    own 300000. TVM's own default count of threads is half the processors it sees.
     """
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
@@ -113,10 +155,10 @@ def set_thread_defaults() -> None:
 
 
 def configure_threads(n: int) -> int:
-    """Let kernels called from this Python thread use `n` threads; free when nothing changes.
+    """Let kernels on TVM's pool use `n` threads in this Python thread; free when nothing changes.
 
-    TVM keeps one pool per calling thread, of a size fixed by TVM_NUM_THREADS when its first
-    kernel runs; this chooses how many of its threads work.
+    Those on torch's threads use as many as torch. TVM keeps one pool per calling thread, of a size
+    fixed by TVM_NUM_THREADS when its first kernel runs; this chooses how many of its threads work.
 
     Parameters
     ----------

@@ -64,7 +64,13 @@ class Module:
 
     def __repr__(self) -> str:
         key = self._manifest.key.slug
-        return f"Module({key}, H={self.cfg.H}, H_kv={self.cfg.H_kv}, source={self.source!r})"
+        heads = f"H={self.cfg.H}, H_kv={self.cfg.H_kv}"
+        return f"Module({key}, {heads}, source={self.source!r}, threads={self.threads!r})"
+
+    @property
+    def threads(self) -> str:
+        """Whose threads the kernels run on: "torch", or "tvm" if these are a pool of their own."""
+        return "torch" if self.library.on_torch_threads else "tvm"
 
     def save(self, path: str | Path) -> None:
         """Write NAME.so and NAME.json, to be loaded where there is no compiler.
@@ -249,7 +255,10 @@ def _compile(key: KernelKey, target: Target, found: Found) -> CompiledKernels:
 
 
 def _in_process(cfg: KiviConfig, target: Target, found: Found, reason: str) -> Module:
-    announce(f"{reason}; kernels are compiled in process, for this process alone")
+    announce(
+        f"{reason}; kernels are compiled in process, for this process alone, and run on threads "
+        "of their own beside torch's: slower between other work"
+    )
     from kivi_tvm import targets
 
     kernels = _compile(targets.kernel_key(cfg, target), target, found)

@@ -706,7 +706,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "TVM_NUM_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
         "TVM_BIND_THREADS": "0",
-        "TVM_THREAD_POOL_SPIN_COUNT": "0",
+        "TVM_THREAD_POOL_SPIN_COUNT": "1000",
     }
 
 

@@ -1,4 +1,7 @@
-"""Compile one parallel kernel to the path given: each row is filled with its thread's id."""
+"""Compile one parallel kernel to the path given: each row is filled with its thread's id.
+
+Further arguments are linked in.
+"""
 
 import sys
 
@@ -22,4 +25,4 @@ def compiled():
 
 
 if __name__ == "__main__":
-    compiled().export_library(sys.argv[1])
+    compiled().export_library(sys.argv[1], addons=sys.argv[2:])

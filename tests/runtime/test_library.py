@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kivi_tvm.compile import LAUNCH
 from kivi_tvm.host import find_cxx, find_runtime_library
 
 HERE = Path(__file__).parent
@@ -36,10 +37,21 @@ BLOCK_TVM = 'sys.modules["tvm"] = None'
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
+    """A library as builds make them."""
+    return linked(tmp_path_factory, LAUNCH)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A library without a launch function of its own."""
+    return linked(tmp_path_factory)
+
+
+def linked(tmp_path_factory, *sources):
     if find_cxx() is None:
         pytest.skip("needs a C++ compiler to link a library")
     path = tmp_path_factory.mktemp("library") / "threads.so"
-    run_python(HERE / "parallel_kernel.py", path)
+    run_python(HERE / "parallel_kernel.py", path, *sources)
     return path
 
 
@@ -63,20 +75,62 @@ def run(library, body, **variables):
     return run_python("-c", head + textwrap.dedent(body), **variables)
 
 
-def test_runs_without_the_compiler_on_as_many_threads_as_asked(library):
+def test_runs_without_the_compiler_on_as_many_threads_as_torch(library):
+    body = f"""
+    {BLOCK_TVM}
+    import torch
+    library = opened()
+    for n in (3, 1, 2, 2, 8):
+        torch.set_num_threads(n)
+        print(threads(library))
+    assert library.on_torch_threads and "tvm.base" not in sys.modules
+    """
+    assert run(library, body, TVM_NUM_THREADS="4") == ["3", "1", "2", "2", "8"]
+
+
+def test_makes_no_threads_beside_those_of_torch(library):
+    body = f"""
+    {BLOCK_TVM}
+    import os, torch
+    def alive():
+        return set(os.listdir("/proc/self/task"))
+    torch.set_num_threads(3)
+    library = opened()
+    torch.ones(1 << 22).sum()  # wakes torch's threads
+    before = alive()
+    print(threads(library), alive() == before)
+    """
+    assert run(library, body) == ["3", "True"]
+
+
+def test_a_loop_inside_of_a_parallel_one_gets_one_thread_and_does_it_all(library):
+    body = f"""
+    {BLOCK_TVM}
+    import ctypes, torch
+    torch.set_num_threads(2)
+    library, counts = opened(), []
+    omp = ctypes.CDLL(str(torch.__path__[0]) + "/lib/libtorch_cpu.so")
+    body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: counts.append(threads(library)))
+    omp.GOMP_parallel(body, None, 2, 0)
+    print(counts)
+    """
+    assert run(library, body) == ["[1,", "1]"]
+
+
+def test_a_library_without_a_launch_function_uses_the_pool_of_tvm(plain):
     body = f"""
     {BLOCK_TVM}
     from kivi_tvm.runtime.library import configure_threads
     library = opened()
     for n in (3, 1, 2, 2, 8):
         print(configure_threads(n), threads(library))
-    assert "tvm.base" not in sys.modules
+    assert not library.on_torch_threads and "tvm.base" not in sys.modules
     """
-    words = run(library, body, TVM_NUM_THREADS="4")
+    words = run(plain, body, TVM_NUM_THREADS="4")
     assert words == ["3", "3", "1", "1", "2", "2", "2", "2", "4", "4"]
 
 
-def test_default_is_every_processor_unpinned(library):
+def test_default_is_every_processor_unpinned(plain):
     body = f"""
     {BLOCK_TVM}
     import os
@@ -90,10 +144,10 @@ def test_default_is_every_processor_unpinned(library):
     assert all(allowed == before for allowed in tasks), tasks
     print(os.environ["TVM_BIND_THREADS"], os.environ["TVM_NUM_THREADS"] == str(n))
     """
-    assert run(library, body) == ["0", "True"]
+    assert run(plain, body) == ["0", "True"]
 
 
-def test_threads_are_configured_per_python_thread(library):
+def test_threads_are_configured_per_python_thread(plain):
     body = f"""
     {BLOCK_TVM}
     from concurrent.futures import ThreadPoolExecutor
@@ -104,7 +158,7 @@ def test_threads_are_configured_per_python_thread(library):
         print(pool.submit(configure_threads, 3).result(), pool.submit(threads, library).result())
     print(threads(library))
     """
-    assert run(library, body, TVM_NUM_THREADS="4") == ["3", "3", "1"]
+    assert run(plain, body, TVM_NUM_THREADS="4") == ["3", "3", "1"]
 
 
 @pytest.mark.parametrize(
