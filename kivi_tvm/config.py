@@ -14,6 +14,9 @@ INTEGER_MODES = ("int8x2", "int8")
 MAX_INTEGER_BITS = 4  # products of four larger codes would not fit the byte instructions
 WINDOWS = ("kivi", "exact")
 WORD_BITS = 32
+# How codes share words, and which way each compute mode reads them (`layout.PackOrder`).
+PACK_ORDERS = ("plain", "bytes")
+PACK_ORDER_OF = {"float": "plain", "int8x2": "bytes", "int8": "bytes"}
 MIN_PAGE_SIZE = 32
 PAGE_SIZE = 128
 CHUNK_TOKENS = 256
@@ -275,11 +278,13 @@ class KiviConfig:
             return "float"
         return "int8" if min(self.key_bits, self.value_bits) == 2 else "int8x2"
 
-    def kernel_key(self, pack_order: str = "plain", byte_dot: bool = False) -> KernelKey:
+    def kernel_key(self, pack_order: str | None = None, byte_dot: bool = False) -> KernelKey:
         """The part of this configuration that a compiled module depends on.
 
-        `byte_dot` as for `compute_mode`; `targets.kernel_key` knows it of a target.
+        `byte_dot` as for `compute_mode`; `targets.kernel_key` knows it of a target. The pack order
+        is that of the compute mode unless it is given.
         """
+        mode = self.compute_mode(byte_dot)
         return KernelKey(
             head_dim=self.D,
             queries_per_kv=self.M,
@@ -289,8 +294,8 @@ class KiviConfig:
             value_group_size=self.G_v,
             page_size=self.P,
             dtype=self.dtype,
-            pack_order=pack_order,
-            compute=self.compute_mode(byte_dot),
+            pack_order=pack_order or PACK_ORDER_OF[mode],
+            compute=mode,
         )
 
     def to_dict(self) -> dict[str, Any]:

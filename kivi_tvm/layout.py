@@ -9,24 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kivi_tvm.config import WORD_BITS, KiviConfig
+from kivi_tvm.config import PACK_ORDERS, WORD_BITS, KernelKey, KiviConfig
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4}
 STATE_FIELDS = ("length", "packed_keys", "packed_values", "reserved")
 LENGTH, PACKED_KEYS, PACKED_VALUES = 0, 1, 2
 NO_PAGE = -1
+BYTE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PackOrder:
-    """How `codes_per_word` codes share a 32-bit word.
+    """How `W = codes_per_word` codes share a 32-bit word, low bits first.
 
-    In order "plain", element `i` of the packed axis (channels for keys, tokens for values) is
-    in word `i // W` at bits `b * (i % W)`, low bits first, as in the authors' `new_pack.py`.
+    Element `i` of the packed axis (channels for keys, tokens for values) is in word `word(i)` at
+    bits `shift(slot(i))`. In order "plain" a word holds `W` neighbours, as in the authors'
+    `new_pack.py`. In order "bytes" the elements of every `span` (a head's channels, a page's
+    tokens) go byte by byte: its first quarter into the first byte of all words of the span, the
+    next one into the second byte. Four codes at the same place of a word's bytes are `span / 4`
+    elements apart then, and so are the numbers that a dot product of bytes meets them with.
     """
 
     name: str
     bits: int
+    span: int
 
     @property
     def codes_per_word(self) -> int:
@@ -38,32 +44,68 @@ class PackOrder:
 
     def word(self, element: Any) -> Any:
         """Index of the word that holds `element`."""
-        return element // self.codes_per_word
+        if self.name == "plain":
+            return element // self.codes_per_word
+        inside = element % self.span % self._quarter // self._places
+        return element // self.span * self._words + inside
 
     def slot(self, element: Any) -> Any:
         """Position of `element` within its word."""
-        return element % self.codes_per_word
+        if self.name == "plain":
+            return element % self.codes_per_word
+        byte = element % self.span // self._quarter
+        return byte * self._places + element % self._places
 
     def element(self, word: Any, slot: Any) -> Any:
         """The inverse of (`word`, `slot`)."""
-        return word * self.codes_per_word + slot
+        if self.name == "plain":
+            return word * self.codes_per_word + slot
+        byte, place = slot // self._places, slot % self._places
+        first = word // self._words * self.span + word % self._words * self._places
+        return first + byte * self._quarter + place
 
     def shift(self, slot: Any) -> Any:
         """Bit offset of `slot` within its word."""
         return slot * self.bits
 
+    @property
+    def _places(self) -> int:
+        """Codes in a byte."""
+        return BYTE_BITS // self.bits
 
-def pack_order(name: str, bits: int) -> PackOrder:
-    """The pack order called `name` for codes of `bits` bits.
+    @property
+    def _words(self) -> int:
+        """Words of a span."""
+        return self.span // self.codes_per_word
+
+    @property
+    def _quarter(self) -> int:
+        return self.span // 4
+
+
+def pack_order(name: str, bits: int, span: int) -> PackOrder:
+    """The pack order called `name` for codes of `bits` bits in spans of so many elements.
 
     Raises
     ------
     ValueError
-        `name` is unknown.
+        `name` is unknown, or a span is no whole number of words.
     """
-    if name != "plain":
-        raise ValueError(f"`pack_order` must be 'plain', got {name!r}")
-    return PackOrder(name, bits)
+    if name not in PACK_ORDERS:
+        raise ValueError(f"`pack_order` must be one of {list(PACK_ORDERS)}, got {name!r}")
+    if span % (WORD_BITS // bits):
+        raise ValueError(f"`span` must be a multiple of {WORD_BITS // bits}, got {span}")
+    return PackOrder(name, bits, span)
+
+
+def key_order(key: KernelKey) -> PackOrder:
+    """How the channels of a head share words."""
+    return pack_order(key.pack_order, key.key_bits, key.head_dim)
+
+
+def value_order(key: KernelKey) -> PackOrder:
+    """How the tokens of a page share words."""
+    return pack_order(key.pack_order, key.value_bits, key.page_size)
 
 
 @dataclass(frozen=True, slots=True)

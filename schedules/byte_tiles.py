@@ -8,12 +8,10 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from kivi_tvm.schedules import byte_dot
-from kivi_tvm.schedules.byte_order import byte_order
 from kivi_tvm.schedules.choices import choose
 from kivi_tvm.schedules.primitives import (
     extent_of,
     largest_divisor,
-    largest_power_of_two,
     split_off,
 )
 from kivi_tvm.schedules.tiles import fill_registers, split_into_tiles
@@ -157,16 +155,3 @@ def sum_products(
     _unroll_all_but_lanes(sch, operand, 1)
     _unroll_all_but_lanes(sch, block, 2)
     _unroll_all_but_lanes(sch, sch.decompose_reduction(block, step), 2)
-
-
-def order_bytes(sch: Schedule, block: SBlockRV, lanes: int) -> None:
-    """Move elements from the order of words to that of bytes: loops (.., byte, word, place)."""
-    byte, word, place = sch.get_loops(block)[-3:]
-    places = extent_of(sch, place)
-    words = largest_power_of_two(extent_of(sch, word), lanes // places)
-    if words == 1:  # nothing lies side by side that did not before
-        sch.vectorize(place)
-        return
-    outer, word = sch.split(word, [None, words])
-    sch.reorder(outer, byte, word, place)
-    sch.tensorize(byte, byte_order(words, places))

@@ -31,9 +31,9 @@ def contents(cache, row, layer=0):
     token = torch.arange(values, length) % held["k_ring"].shape[2]
     found = {
         "state": cache.rows.state[slot],
-        "k_code": _join(held["k_code"][pages], -1)[..., :keys],
+        "k_code": _key_codes(cache, _join(held["k_code"][pages], -1))[..., :keys],
         # codes, not words: those of tokens that were taken back stay until others come
-        "v_code": reference.unpack(_join(held["v_code"][pages], -2), cfg.value_bits, 1)[:, :values],
+        "v_code": _value_codes(cache, _join(held["v_code"][pages], -2))[:, :values],
         "k_ring": held["k_ring"][slot][:, token],
         "v_ring": held["v_ring"][slot][:, token],
     }
@@ -46,6 +46,15 @@ def contents(cache, row, layer=0):
     for name in ("v_scale", "v_zero"):
         found[name] = _join(held[name][pages], -1)[..., :values]
     return found
+
+
+def _key_codes(cache, words):
+    return reference.unpack(words, cache.cfg.key_bits, 1, cache.module.key.pack_order)
+
+
+def _value_codes(cache, words):
+    cfg, order = cache.cfg, cache.module.key.pack_order
+    return reference.unpack(words, cfg.value_bits, 1, order, cfg.P)
 
 
 def assert_same_contents(cache, row, other, other_row, layer=0):

@@ -6,7 +6,7 @@ import pytest
 from configurations import CONFIGS
 
 from kivi_tvm import KiviConfig
-from kivi_tvm.config import BITS
+from kivi_tvm.config import BITS, PACK_ORDERS
 from kivi_tvm.layout import (
     num_pages,
     pack_order,
@@ -74,16 +74,38 @@ def test_num_pages(tokens, pages):
     assert num_pages(CFG, tokens) == pages
 
 
+@pytest.mark.parametrize("span", [32, 80, 128])
 @pytest.mark.parametrize("bits", BITS)
-def test_pack_order_is_a_bijection(bits):
-    order = pack_order("plain", bits)
-    places = {(order.word(i), order.shift(order.slot(i))) for i in range(256)}
-    assert len(places) == 256
-    assert {shift for _, shift in places} == set(range(0, 32, bits))
-    for i in range(256):
+@pytest.mark.parametrize("name", PACK_ORDERS)
+def test_pack_order_is_a_bijection(name, bits, span):
+    order = pack_order(name, bits, span)
+    places = {(order.word(i), order.shift(order.slot(i))) for i in range(2 * span)}
+    assert places == {(w, s) for w in range(2 * span * bits // 32) for s in range(0, 32, bits)}
+    for i in range(2 * span):
         assert order.element(order.word(i), order.slot(i)) == i
 
 
-def test_an_unknown_pack_order():
-    with pytest.raises(ValueError, match="`pack_order` must be 'plain', got 'mma'"):
-        pack_order("mma", 2)
+def test_order_by_bytes():
+    """Bytes of a word are a quarter of the span apart; places within a byte are neighbours."""
+    order = pack_order("bytes", 2, 128)
+    assert [order.element(0, slot) for slot in range(16)] == [
+        0, 1, 2, 3, 32, 33, 34, 35, 64, 65, 66, 67, 96, 97, 98, 99,
+    ]  # fmt: skip
+    assert order.element(7, 15) == 127 and order.element(8, 0) == 128
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", PACK_ORDERS)
+def test_the_first_token_of_a_word_is_in_its_first_slot(name, bits):
+    """`append` clears a word when that one comes."""
+    order = pack_order(name, bits, 64)
+    for word in range(2 * bits):
+        tokens = [order.element(word, slot) for slot in range(order.codes_per_word)]
+        assert min(tokens) == tokens[0]
+
+
+def test_pack_order_errors():
+    with pytest.raises(ValueError, match=r"`pack_order` must be one of .*, got 'mma'"):
+        pack_order("mma", 2, 128)
+    with pytest.raises(ValueError, match="`span` must be a multiple of 16, got 24"):
+        pack_order("bytes", 2, 24)

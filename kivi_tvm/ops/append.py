@@ -17,7 +17,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import LENGTH, pack_order
+from kivi_tvm.layout import LENGTH, key_order, value_order
 from kivi_tvm.ops.quantize import code_at, dequantized
 from kivi_tvm.ops.quantize_key import key_group_blocks
 from kivi_tvm.ops.quantize_value import value_token_blocks
@@ -37,8 +37,8 @@ def append(key: KernelKey):
     D, P, dtype = key.head_dim, key.page_size, key.dtype
     G_k, W_k = key.key_group_size, key.key_codes_per_word
     G_v, W_v = key.value_group_size, key.value_codes_per_word
-    k_order = pack_order(key.pack_order, key.key_bits)
-    v_order = pack_order(key.pack_order, key.value_bits)
+    k_order = key_order(key)
+    v_order = value_order(key)
     key_group = key_group_blocks(key)
     value_token = value_token_blocks(key, 1)
 

@@ -81,7 +81,6 @@ def attend(
         )
     ]
     contraction = CONTRACTIONS[key.compute]
-    folded, query = contraction.query_shape(key), contraction.query_blocks(key)
     scores = contraction.score_blocks(key, C, unpack)
     outputs = contraction.output_blocks(key, C, unpack)
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
@@ -149,7 +148,6 @@ def attend(
                 packed = T.meta_var(state[slot, PACKED_VALUES])
                 first = T.meta_var(work[vi, 1] * SPLIT)
                 q_scaled = T.sblock_alloc_buffer((M, D), "float32")
-                q_fold = T.sblock_alloc_buffer(folded, "float32")
                 run_max = T.sblock_alloc_buffer((M,), "float32")
                 run_sum = T.sblock_alloc_buffer((M,), "float32")
                 run_acc = T.sblock_alloc_buffer((M, D), "float32")
@@ -162,7 +160,6 @@ def attend(
                         q_scaled[vm, vd] = T.Cast("float32", q[b, vh * M + vm, vd]) * (
                             scale * T.float32(LOG2_E)
                         )
-                query(q_scaled, q_fold)
                 start(run_max, run_sum, run_acc)
                 for c in T.serial(T.min(CHUNKS, T.ceildiv(packed - first, C))):
                     with T.sblock("chunk"):
@@ -179,7 +176,6 @@ def attend(
                             slots[0:B],
                             work[vi, 0:2],
                             q_scaled[0:M, 0:D],
-                            q_fold[0:M, 0 : folded[1], 0 : folded[2]],
                         )
                         T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
                         base = T.meta_var(first + vc * C)
@@ -211,7 +207,7 @@ def attend(
                             fetch[4](v_scale, next_page, head)
                             fetch[5](v_zero, next_page, head)
                         left = T.meta_var(packed - base)
-                        scores(q_scaled, q_fold, k_code, k_scale, k_zero, page, vh, left, score)
+                        scores(q_scaled, k_code, k_scale, k_zero, page, vh, left, score)
                         softmax(score, chunk_max, prob, chunk_sum)
                         outputs(prob, v_code, v_scale, v_zero, page, vh, left, chunk_acc)
                     with T.sblock("merge"):

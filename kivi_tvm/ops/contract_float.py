@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import pack_order
+from kivi_tvm.layout import key_order, value_order
 
 
 def _power(shift):
@@ -17,35 +17,15 @@ def _power(shift):
     return T.reinterpret("float32", (127 - shift) << 23)
 
 
-def query_shape(key: KernelKey) -> tuple[int, ...]:
-    """The shape of what `query_blocks` fills."""
-    return key.rows, 1, key.head_dim
-
-
-def query_blocks(key: KernelKey):
-    """The query of every channel as its codes want it."""
-    M, D = key.rows, key.head_dim
-    order = pack_order(key.pack_order, key.key_bits)
-
-    @T.macro
-    def query(q_scaled, q_fold):
-        for m, d in T.grid(M, D):
-            with T.sblock("q_fold"):
-                vm, vd = T.axis.remap("SS", [m, d])
-                q_fold[vm, 0, vd] = q_scaled[vm, vd] * _power(order.shift(order.slot(vd)))
-
-    return query
-
-
 def score_blocks(key: KernelKey, C: int, unpack: str):
     """`score = sum_d (q_d s_d) code_d + q_d z_d` of the first `left` of `C` tokens, else lowest."""
     M, D, P, G = key.rows, key.head_dim, key.page_size, key.key_group_size
     del unpack
-    W, order = key.key_codes_per_word, pack_order(key.pack_order, key.key_bits)
+    W, order = key.key_codes_per_word, key_order(key)
     mask = order.code_mask
 
     @T.macro
-    def scores(q_scaled, q_fold, k_code, k_scale, k_zero, page, head, left, score):
+    def scores(q_scaled, k_code, k_scale, k_zero, page, head, left, score):
         zero = T.sblock_alloc_buffer((C // G, D), "float32")
         q_zero = T.sblock_alloc_buffer((M, C // G), "float32")
         scale = T.sblock_alloc_buffer((C // G, D), "float32")
@@ -68,11 +48,11 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
                 vg, vd = T.axis.remap("SS", [g, d])
                 scale[vg, vd] = T.Cast(
                     "float32", k_scale[page[vg // (P // G)], head, vg % (P // G), vd]
-                )
+                ) * _power(order.shift(order.slot(vd)))
         for m, g, d in T.grid(M, C // G, D):
             with T.sblock("q_key"):
                 vm, vg, vd = T.axis.remap("SSS", [m, g, d])
-                q_key[vm, vg, vd] = q_fold[vm, 0, vd] * scale[vg, vd]
+                q_key[vm, vg, vd] = q_scaled[vm, vd] * scale[vg, vd]
         for m, t, w, i in T.grid(M, C, D // W, W):
             with T.sblock("dot"):
                 vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
@@ -99,7 +79,7 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
     """`chunk_acc_d = sum_t (p_t s_t) code_t + p_t z_t` over the first `left` of `C` tokens."""
     M, D, P, G = key.rows, key.head_dim, key.page_size, key.value_group_size
     del unpack
-    W, order = key.value_codes_per_word, pack_order(key.pack_order, key.value_bits)
+    W, order = key.value_codes_per_word, value_order(key)
     mask = order.code_mask
 
     @T.macro

@@ -12,9 +12,9 @@ errors do not meet the common part of a group's codes then:
                                 ~= unit (sum_d n_d code_d - c sum_d n_d) + sum_d q_d (z_d + c s_d)
 
 Four codes that share a word are one operand of the processors' dot products of bytes: they are its
-bits at equal places of its four bytes. The other operand's four bytes, a quad, must be of the same
-elements. It is prepared in the order of `Codes.element`, all elements of byte 0, then those of byte
-1 and so on: quads come from four vectors without moving any lane.
+bits at equal places of its four bytes, `(word >> shift) & mask`. The other operand's four bytes, a
+quad, must be of the same elements: a quarter of a span apart in pack order "bytes", so that quads
+are made of four vectors without moving any lane.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import NamedTuple
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PackOrder, pack_order
+from kivi_tvm.layout import PackOrder, key_order, value_order
 from kivi_tvm.ops.exp2 import ROUNDER
 
+PACK_ORDER = "bytes"
 LARGEST = 127
 TINY = 1e-12  # scores and outputs that small need no relative accuracy
 BYTES = 0x01010101
@@ -35,48 +36,45 @@ MAX_PARTS = 16  # of a sum, as many as there are lanes: additions keep their ord
 
 
 class Codes(NamedTuple):
-    """How words hold so many `elements` and how integers meet them.
+    """How words hold codes and how quads meet them.
 
     With `masked` codes stay where they are in their bytes, `code * 2^shift`, which only unsigned
     bytes can hold; otherwise every place is shifted down first.
     """
 
     order: PackOrder
-    bits: int
-    elements: int
     masked: bool
 
     @property
-    def per_byte(self) -> int:
-        return 8 // self.bits
-
-    @property
-    def quads(self) -> int:
-        """Quads of all codes: one for every place of a byte in every word."""
-        return self.elements // 4
+    def places(self) -> int:
+        """Codes in a byte, and quads of a word."""
+        return 8 // self.order.bits
 
     @property
     def middle(self) -> float:
         return self.order.code_mask / 2
 
-    def element(self, byte, quad):
-        """The element whose code is in `byte` of `quad`."""
-        return self.order.element(
-            quad // self.per_byte, byte * self.per_byte + quad % self.per_byte
-        )
+    def element(self, quad, byte):
+        """The element that `byte` of a quad belongs to."""
+        quarter = self.order.span // 4
+        return quad // quarter * self.order.span + byte * quarter + quad % quarter
 
     def bytes_of(self, word, place):
         """The codes at a place of all four bytes."""
-        shift, mask = (
-            T.Cast("uint32", self.order.shift(place)),
-            T.uint32(self.order.code_mask * BYTES),
-        )
+        shift = T.Cast("uint32", place * self.order.bits)
+        mask = T.uint32(self.order.code_mask * BYTES)
         return word & (mask << shift) if self.masked else (word >> shift) & mask
 
     def weight(self, place):
         """What a sum over `bytes_of` counts, as float32."""
-        shift = self.order.shift(place) if self.masked else 0
+        shift = place * self.order.bits if self.masked else 0
         return T.reinterpret("float32", (127 - shift) << 23)
+
+
+def _codes(order: PackOrder, unpack: str) -> Codes:
+    if order.name != PACK_ORDER:
+        raise ValueError(f"`pack_order` must be {PACK_ORDER!r} in integers, got {order.name!r}")
+    return Codes(order, unpack == "mask")
 
 
 def planes(key: KernelKey) -> int:
@@ -175,48 +173,23 @@ def _base_blocks(name: str, M: int, groups: int, count: int, N: int, middle: flo
     return bases
 
 
-def query_shape(key: KernelKey) -> tuple[int, ...]:
-    """The shape of what `query_blocks` fills."""
-    return key.rows, 4, key.head_dim // 4
-
-
-def query_blocks(key: KernelKey):
-    """The query of every channel as its codes want it: in the order by bytes."""
-    M, D, S, order = (
-        key.rows,
-        key.head_dim,
-        8 // key.key_bits,
-        pack_order(key.pack_order, key.key_bits),
-    )
-
-    @T.macro
-    def query(q_scaled, q_fold):
-        for m, b, w, i in T.grid(M, 4, D // order.codes_per_word, S):
-            with T.sblock("q_fold"):
-                vm, vb, vw, vs = T.axis.remap("SSSS", [m, b, w, i])
-                q_fold[vm, vb, vw * S + vs] = q_scaled[vm, order.element(vw, vb * S + vs)]
-
-    return query
-
-
 def score_blocks(key: KernelKey, C: int, unpack: str):
     """`score = sum_d q_d (s_d code_d + z_d)` of the first `left` of `C` tokens, else lowest."""
     M, D, P, G, N = key.rows, key.head_dim, key.page_size, key.key_group_size, planes(key)
-    codes = Codes(pack_order(key.pack_order, key.key_bits), key.key_bits, D, unpack == "mask")
-    W, S, Q = key.key_codes_per_word, codes.per_byte, codes.quads
+    codes = _codes(key_order(key), unpack)
+    W, S, Q = key.key_codes_per_word, codes.places, D // 4
     units = _unit_blocks("q", 1, M, N)
     bases = _base_blocks("q", M, C // G, D, N, codes.middle)
 
     @T.macro
-    def scores(q_scaled, q_fold, k_code, k_scale, k_zero, page, head, left, score):
+    def scores(q_scaled, k_code, k_scale, k_zero, page, head, left, score):
         scale = T.sblock_alloc_buffer((C // G, D), "float32")
         mid = T.sblock_alloc_buffer((C // G, D), "float32")
-        ordered = T.sblock_alloc_buffer((C // G, 4, Q), "float32")
         top = T.sblock_alloc_buffer((D,), "float32")
         peak = T.sblock_alloc_buffer((1, M), "float32")
         unit = T.sblock_alloc_buffer((1, M), "float32")
         gain = T.sblock_alloc_buffer((1, M), "float32")
-        gained = T.sblock_alloc_buffer((M, 4, Q), "float32")
+        gained = T.sblock_alloc_buffer((M, D), "float32")
         quad = T.sblock_alloc_buffer((N, M, C // G, Q), "int32")
         base = T.sblock_alloc_buffer((M, C // G), "float32")
         k_quad = T.sblock_alloc_buffer((S, D // W, C), "uint32")
@@ -238,10 +211,6 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
                     T.Cast("float32", k_zero[page[vg // (P // G)], head, vg % (P // G), vd])
                     + scale[vg, vd] * codes.middle
                 )
-        for g, b, w, i in T.grid(C // G, 4, D // W, S):
-            with T.sblock("key_order"):
-                vg, vb, vw, vs = T.axis.remap("SSSS", [g, b, w, i])
-                ordered[vg, vb, vw * S + vs] = scale[vg, codes.order.element(vw, vb * S + vs)]
         # The largest `q_d s_d` of all groups, or a little more: one pass over the queries.
         for g, d in T.grid(C // G, D):
             with T.sblock("key_top"):
@@ -256,15 +225,19 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
                     peak[0, vm] = T.min_value("float32")  # the identity that `rfactor` knows
                 peak[0, vm] = T.max(peak[0, vm], T.fabs(q_scaled[vm, vd]) * top[vd])
         units(peak, unit, gain)
-        for m, b, i in T.grid(M, 4, Q):
+        for m, d in T.grid(M, D):
             with T.sblock("q_gained"):
-                vm, vb, vi = T.axis.remap("SSS", [m, b, i])
-                gained[vm, vb, vi] = q_fold[vm, vb, vi] * gain[0, vm]
+                vm, vd = T.axis.remap("SS", [m, d])
+                gained[vm, vd] = q_scaled[vm, vd] * gain[0, vm]
         for n, m, g, i in T.grid(N, M, C // G, Q):
             with T.sblock("q_quad"):
                 vn, vm, vg, vi = T.axis.remap("SSSS", [n, m, g, i])
                 quad[vn, vm, vg, vi] = _quad(
-                    lambda b: _rounded(gained[vm, b, vi], ordered[vg, b, vi]), vn, N
+                    lambda b: _rounded(
+                        gained[vm, codes.element(vi, b)], scale[vg, codes.element(vi, b)]
+                    ),
+                    vn,
+                    N,
                 )
         bases(q_scaled, mid, quad, lambda m, g: unit[0, m], base)
         for i, w, t in T.grid(S, D // W, C):
@@ -300,8 +273,8 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
 def output_blocks(key: KernelKey, C: int, unpack: str):
     """`chunk_acc_d = sum_t p_t (s_t code_t + z_t)` over the first `left` of `C` tokens."""
     M, D, P, G, N = key.rows, key.head_dim, key.page_size, key.value_group_size, planes(key)
-    codes = Codes(pack_order(key.pack_order, key.value_bits), key.value_bits, C, unpack == "mask")
-    W, S, Q = key.value_codes_per_word, codes.per_byte, codes.quads
+    codes = _codes(value_order(key), unpack)
+    W, S, Q = key.value_codes_per_word, codes.places, C // 4
     units = _unit_blocks("p", M, D // G, N)
     bases = _base_blocks("p", M, D // G, C, N, codes.middle)
 
@@ -309,9 +282,7 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
     def outputs(prob, v_code, v_scale, v_zero, page, head, left, chunk_acc):
         scale = T.sblock_alloc_buffer((D // G, C), "float32")
         mid = T.sblock_alloc_buffer((D // G, C), "float32")
-        ordered = T.sblock_alloc_buffer((D // G, 4, Q), "float32")
-        p_order = T.sblock_alloc_buffer((M, 4, Q), "float32")
-        fold = T.sblock_alloc_buffer((M, D // G, 4, Q), "float32")
+        fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
         peak = T.sblock_alloc_buffer((M, D // G), "float32")
         unit = T.sblock_alloc_buffer((M, D // G), "float32")
         gain = T.sblock_alloc_buffer((M, D // G), "float32")
@@ -337,30 +308,22 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
                     + scale[vg, vt] * codes.middle,
                     T.float32(0),
                 )
-        for g, b, w, i in T.grid(D // G, 4, C // W, S):
-            with T.sblock("value_order"):
-                vg, vb, vw, vs = T.axis.remap("SSSS", [g, b, w, i])
-                ordered[vg, vb, vw * S + vs] = scale[vg, codes.order.element(vw, vb * S + vs)]
-        for m, b, w, i in T.grid(M, 4, C // W, S):
-            with T.sblock("p_order"):
-                vm, vb, vw, vs = T.axis.remap("SSSS", [m, b, w, i])
-                p_order[vm, vb, vw * S + vs] = prob[vm, codes.order.element(vw, vb * S + vs)]
-        for m, g, b, i in T.grid(M, D // G, 4, Q):
+        for m, g, t in T.grid(M, D // G, C):
             with T.sblock("p_fold"):
-                vm, vg, vb, vi = T.axis.remap("SSSS", [m, g, b, i])
-                fold[vm, vg, vb, vi] = p_order[vm, vb, vi] * ordered[vg, vb, vi]
-        for m, g, x in T.grid(M, D // G, C):
+                vm, vg, vt = T.axis.remap("SSS", [m, g, t])
+                fold[vm, vg, vt] = prob[vm, vt] * scale[vg, vt]
+        for m, g, t in T.grid(M, D // G, C):
             with T.sblock("p_peak"):
-                vm, vg, vx = T.axis.remap("SSR", [m, g, x])
+                vm, vg, vt = T.axis.remap("SSR", [m, g, t])
                 with T.init():
                     peak[vm, vg] = T.min_value("float32")
-                peak[vm, vg] = T.max(peak[vm, vg], fold[vm, vg, vx // Q, vx % Q])
+                peak[vm, vg] = T.max(peak[vm, vg], fold[vm, vg, vt])
         units(peak, unit, gain)
         for n, m, g, i in T.grid(N, M, D // G, Q):
             with T.sblock("p_quad"):
                 vn, vm, vg, vi = T.axis.remap("SSSS", [n, m, g, i])
                 quad[vn, vm, vg, vi] = _quad(
-                    lambda b: _rounded(fold[vm, vg, b, vi], gain[vm, vg]), vn, N
+                    lambda b: _rounded(fold[vm, vg, codes.element(vi, b)], gain[vm, vg]), vn, N
                 )
         bases(prob, mid, quad, lambda m, g: unit[m, g], base)
         for i, w, d in T.grid(S, C // W, D):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_KEYS, pack_order
+from kivi_tvm.layout import PACKED_KEYS, key_order
 from kivi_tvm.ops.quantize import code_at, dequantized
 
 
@@ -19,7 +19,7 @@ def dequantize_key(key: KernelKey):
         out [B, H_kv, tokens, D])`; rows with slot -1 are skipped.
     """
     D, P, G, W = key.head_dim, key.page_size, key.key_group_size, key.key_codes_per_word
-    order = pack_order(key.pack_order, key.key_bits)
+    order = key_order(key)
 
     @T.prim_func(s_tir=True)
     def dequantize_key(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_VALUES, pack_order
+from kivi_tvm.layout import PACKED_VALUES, value_order
 from kivi_tvm.ops.quantize import code_at, dequantized
 
 
@@ -19,7 +19,7 @@ def dequantize_value(key: KernelKey):
         out [B, H_kv, tokens, D])`; rows with slot -1 are skipped.
     """
     D, P, G, W = key.head_dim, key.page_size, key.value_group_size, key.value_codes_per_word
-    order = pack_order(key.pack_order, key.value_bits)
+    order = value_order(key)
 
     @T.prim_func(s_tir=True)
     def dequantize_value(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import LENGTH, PACKED_KEYS, pack_order
+from kivi_tvm.layout import LENGTH, PACKED_KEYS, key_order
 from kivi_tvm.ops.quantize import code_at, dequantized
 
 
@@ -25,7 +25,7 @@ def fill_window(key: KernelKey):
     D, P, G, W, dtype = (
         key.head_dim, key.page_size, key.key_group_size, key.key_codes_per_word, key.dtype,
     )  # fmt: skip
-    order = pack_order(key.pack_order, key.key_bits)
+    order = key_order(key)
 
     @T.prim_func(s_tir=True)
     def fill_window(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import DTYPE_BYTES, PACKED_KEYS, pack_order
+from kivi_tvm.layout import DTYPE_BYTES, PACKED_KEYS, key_order
 from kivi_tvm.ops.prefetch import prefetch_tokens
 from kivi_tvm.ops.quantize import code_of, edge_of, edges, probe, scale_of, zero_of
 
@@ -15,7 +15,7 @@ FETCH = "fetch"  # the block that asks for the memory of the next group
 def key_group_blocks(key: KernelKey):
     """The blocks that turn `x [G, D]` float32 into `scale, zero [D]` and `word [D / W, G]`."""
     D, G, W, bits = key.head_dim, key.key_group_size, key.key_codes_per_word, key.key_bits
-    order, E = pack_order(key.pack_order, bits), len(edges(bits))
+    order, E = key_order(key), len(edges(bits))
 
     @T.macro
     def key_group(x, scale, zero, word):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import DTYPE_BYTES, PACKED_VALUES, pack_order
+from kivi_tvm.layout import DTYPE_BYTES, PACKED_VALUES, value_order
 from kivi_tvm.ops.prefetch import prefetch_tokens
 from kivi_tvm.ops.quantize import code_of, edge_of, edges, probe, scale_of, zero_of
 
@@ -106,7 +106,7 @@ def quantize_value(key: KernelKey, prefetch: str = "none"):
         not packed yet are 0.
     """
     D, P, G, W = key.head_dim, key.page_size, key.value_group_size, key.value_codes_per_word
-    order = pack_order(key.pack_order, key.value_bits)
+    order = value_order(key)
     value_tokens = value_token_blocks(key, W)
     fetch = prefetch_tokens(FETCH, W, D, DTYPE_BYTES[key.dtype])
 
@@ -134,10 +134,12 @@ def quantize_value(key: KernelKey, prefetch: str = "none"):
         v = T.match_buffer(
             v_handle, (B, H_kv, n_tokens, D), key.dtype, strides=(v_row, v_head, v_token, 1)
         )
-        for b, h, w in T.grid(B, H_kv, T.ceildiv(n_tokens, W)):
+        for b, h, w in T.grid(B, H_kv, T.ceildiv(n_tokens, P) * (P // W)):
             with T.sblock("group"):
                 vb, vh, vw = T.axis.remap("SSS", [b, h, w])
-                T.where(slots[b] >= 0 and w * W < state[T.max(slots[b], 0), PACKED_VALUES])
+                T.where(
+                    slots[b] >= 0 and order.element(w, 0) < state[T.max(slots[b], 0), PACKED_VALUES]
+                )
                 T.reads(
                     v[vb, vh, 0:n_tokens, 0:D],
                     slots[vb],
@@ -150,21 +152,19 @@ def quantize_value(key: KernelKey, prefetch: str = "none"):
                     v_zero[0:N, vh, 0 : D // G, 0:P],
                 )
                 packed = T.meta_var(state[slots[vb], PACKED_VALUES])
-                page = T.meta_var(page_table[slots[vb], vw * W // P])
-                first = T.meta_var(vw * W % P)
+                page = T.meta_var(page_table[slots[vb], vw // (P // W)])
                 x = T.sblock_alloc_buffer((W, D), "float32")
                 scale = T.sblock_alloc_buffer((D // G, W), "float16")
                 zero = T.sblock_alloc_buffer((D // G, W), "float16")
                 code = T.sblock_alloc_buffer((W, D), "uint32")
                 word = T.sblock_alloc_buffer((D,), "uint32")
                 if prefetch == "next":
-                    after = T.meta_var((vw + 1) * W)
-                    fetch(v, vb, vh, lambda t: T.min(after + t, n_tokens - 1))
-                for t, d in T.grid(W, D):
+                    fetch(v, vb, vh, lambda i: T.min(order.element(vw + 1, i), n_tokens - 1))
+                for i, d in T.grid(W, D):
                     with T.sblock("load"):
-                        vt, vd = T.axis.remap("SS", [t, d])
-                        x[vt, vd] = T.Cast(
-                            "float32", v[vb, vh, T.min(vw * W + vt, n_tokens - 1), vd]
+                        vs, vd = T.axis.remap("SS", [i, d])
+                        x[vs, vd] = T.Cast(
+                            "float32", v[vb, vh, T.min(order.element(vw, vs), n_tokens - 1), vd]
                         )
                 value_tokens(x, scale, zero, code)
                 for d, i in T.grid(D, W):
@@ -173,26 +173,23 @@ def quantize_value(key: KernelKey, prefetch: str = "none"):
                         with T.init():
                             word[vd] = T.uint32(0)
                         # masked, not selected: a code that is not needed must not be branched over
-                        packed_mask = T.meta_var(
+                        mask = T.meta_var(
                             T.Select(
-                                vw * W + order.element(0, vs) < packed,
-                                T.uint32(ALL_BITS),
-                                T.uint32(0),
+                                order.element(vw, vs) < packed, T.uint32(ALL_BITS), T.uint32(0)
                             )
                         )
                         word[vd] = word[vd] + (
-                            (code[order.element(0, vs), vd] & packed_mask)
-                            << T.Cast("uint32", order.shift(vs))
+                            (code[vs, vd] & mask) << T.Cast("uint32", order.shift(vs))
                         )
                 for d in range(D):
                     with T.sblock("store_code"):
                         vd = T.axis.spatial(D, d)
-                        v_code[page, vh, first // W, vd] = word[vd]
-                for g, t in T.grid(D // G, W):
+                        v_code[page, vh, vw % (P // W), vd] = word[vd]
+                for g, i in T.grid(D // G, W):
                     with T.sblock("store_scale"):
-                        vg, vt = T.axis.remap("SS", [g, t])
-                        T.where(vw * W + t < packed)
-                        v_scale[page, vh, vg, first + vt] = scale[vg, vt]
-                        v_zero[page, vh, vg, first + vt] = zero[vg, vt]
+                        vg, vs = T.axis.remap("SS", [g, i])
+                        T.where(order.element(vw, i) < packed)
+                        v_scale[page, vh, vg, order.element(vw, vs) % P] = scale[vg, vs]
+                        v_zero[page, vh, vg, order.element(vw, vs) % P] = zero[vg, vs]
 
     return quantize_value

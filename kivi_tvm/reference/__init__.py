@@ -15,6 +15,7 @@ from kivi_tvm.reference.formulas import (
     quantize,
     quantize_key,
     quantize_value,
+    repack,
     unpack,
 )
 from kivi_tvm.reference.row import ReferenceRow
@@ -31,5 +32,6 @@ __all__ = [
     "quantize",
     "quantize_key",
     "quantize_value",
+    "repack",
     "unpack",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kivi_tvm import layout
+from kivi_tvm.config import WORD_BITS
 
 FLOAT16_MAX = 65504.0
 # The dimension of keys `[..., T, D]` along which consecutive elements form a group.
@@ -97,13 +98,19 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     return q.code.float() * scale + zero
 
 
-def pack(code: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:
+def pack(
+    code: Tensor, bits: int, dim: int, order: str = "plain", span: int | None = None
+) -> Tensor:
     """Pack codes along `dim` into 32-bit words held as int32.
 
     Parameters
     ----------
     code : Tensor
-        uint8 codes; the size of `dim` must be a multiple of `32 / bits`.
+        uint8 codes; the size of `dim` must be a multiple of `32 / bits`, and of `span` in an order
+        that permutes the elements of a span.
+    order : str
+    span : int, optional
+        As in `layout.PackOrder`; default all of `dim`.
 
     Returns
     -------
@@ -113,28 +120,49 @@ def pack(code: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:
     Raises
     ------
     ValueError
-        The size of `dim` is not a multiple of the codes per word.
+        The size of `dim` is not a whole number of words or spans.
     """
-    rule = layout.pack_order(order, bits)
-    W = rule.codes_per_word
-    if code.shape[dim] % W:
-        raise ValueError(f"size of dim {dim} must be a multiple of {W}, got {code.shape[dim]}")
-    element = torch.arange(code.shape[dim])
-    shift = rule.shift(rule.slot(element))
-    wide = code.long().movedim(dim, -1) << shift
-    words = torch.zeros(*wide.shape[:-1], code.shape[dim] // W, dtype=torch.int64)
+    W, count = WORD_BITS // bits, code.shape[dim]
+    unit = W if order == "plain" or span is None else span
+    if count % unit or count % W:
+        raise ValueError(f"size of dim {dim} must be a multiple of {unit}, got {count}")
+    rule = layout.pack_order(order, bits, span or count)
+    element = torch.arange(count)
+    wide = code.long().movedim(dim, -1) << rule.shift(rule.slot(element))
+    words = torch.zeros(*wide.shape[:-1], count // W, dtype=torch.int64)
     words.index_add_(-1, rule.word(element), wide)
     signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
     return signed.to(torch.int32).movedim(-1, dim)
 
 
-def unpack(words: Tensor, bits: int, dim: int, order: str = "plain") -> Tensor:
+def unpack(
+    words: Tensor, bits: int, dim: int, order: str = "plain", span: int | None = None
+) -> Tensor:
     """The inverse of `pack`: int32 words to uint8 codes."""
-    rule = layout.pack_order(order, bits)
-    element = torch.arange(words.shape[dim] * rule.codes_per_word)
+    count = words.shape[dim] * (WORD_BITS // bits)
+    rule = layout.pack_order(order, bits, span or count)
+    element = torch.arange(count)
     wide = words.movedim(dim, -1).long()[..., rule.word(element)]
     code: Tensor = (wide >> rule.shift(rule.slot(element))) & rule.code_mask
     return code.to(torch.uint8).movedim(-1, dim)
+
+
+def repack(words: Tensor, dim: int, source: layout.PackOrder, target: layout.PackOrder) -> Tensor:
+    """int32 words in order `source` as words in order `target`; equal bits and spans.
+
+    As unpacking and packing again, with a 16th of the memory at 2 bits.
+    """
+    if source == target:
+        return words
+    found = torch.zeros_like(words)
+    number = torch.arange(words.shape[dim])
+    shape = [-1 if i == dim % words.dim() else 1 for i in range(words.dim())]
+    for slot in range(target.codes_per_word):
+        element = target.element(number, slot)
+        held = words.index_select(dim, source.word(element))
+        shift = source.shift(source.slot(element)).to(torch.int32).reshape(shape)
+        found |= ((held >> shift) & target.code_mask) << target.shift(slot)
+    return found
 
 
 def quantize_key(k: Tensor, bits: int, group_size: int, axis: str = "channel") -> Quantized:

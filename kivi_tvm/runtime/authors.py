@@ -197,12 +197,11 @@ def _tensors(stored: AuthorsCache) -> list[tuple[str, Tensor | None]]:
 
 def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tensor]:
     """One row's parts by name, without the batch axis; those without tokens are empty."""
-    cfg = layer.cache.cfg
+    cfg, order = layer.cache.cfg, layer.cache.module.key.pack_order
     PK, PV = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
-    order = cfg.kernel_key().pack_order
     held = joined_pages(layer, slot, layout.num_pages(cfg, PK))
     k_code = unpack(held["k_code"], cfg.key_bits, 1, order)[:, :, :PK]  # [H_kv, D, PK]
-    v_code = unpack(held["v_code"], cfg.value_bits, 1, order)[:, :PV]  # [H_kv, PV, D]
+    v_code = unpack(held["v_code"], cfg.value_bits, 1, order, cfg.P)[:, :PV]  # [H_kv, PV, D]
     found = {
         "k_code": pack(k_code, cfg.key_bits, 2),
         "k_full": get_tokens(layer.windows["k_ring"][slot], range(PK, length)),
@@ -218,8 +217,7 @@ def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tens
 
 def _row_from_authors(layer: CacheLayer, slot: int, parts: dict[str, Tensor]) -> None:
     """Write one row's parts, without the batch axis, into its pages and rings."""
-    cfg = layer.cache.cfg
-    order = cfg.kernel_key().pack_order
+    cfg, order = layer.cache.cfg, layer.cache.module.key.pack_order
     first = 0
     if "k_code" in parts:
         code = unpack(parts["k_code"], cfg.key_bits, 2)  # [H_kv, D, PK]
@@ -232,8 +230,8 @@ def _row_from_authors(layer: CacheLayer, slot: int, parts: dict[str, Tensor]) ->
         _fill_ring(layer, "k_ring", slot, 0, dequantize(keys, 1))
     if "v_code" in parts:
         code = unpack(parts["v_code"], cfg.value_bits, 2)  # [H_kv, PV, D]
-        whole = F.pad(code, (0, 0, 0, -code.shape[1] % (WORD_BITS // cfg.value_bits)))
-        write_pages(layer, slot, "v_code", pack(whole, cfg.value_bits, 1, order))
+        whole = F.pad(code, (0, 0, 0, -code.shape[1] % cfg.P))
+        write_pages(layer, slot, "v_code", pack(whole, cfg.value_bits, 1, order, cfg.P))
         write_pages(layer, slot, "v_scale", parts["v_scale"].mT)
         write_pages(layer, slot, "v_zero", parts["v_mn"].mT)
     if "k_full" in parts:

@@ -58,6 +58,11 @@ class Module:
         self._kernels = kernels
 
     @property
+    def key(self) -> KernelKey:
+        """What the kernels were compiled for."""
+        return self._manifest.key
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """What the kernels are: key, target, versions, and per kernel "tuned" or "default"."""
         return self._manifest.to_dict()

@@ -11,14 +11,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kivi_tvm import layout
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import installed_version
+from kivi_tvm.reference import repack
 from kivi_tvm.runtime import transfer
 from kivi_tvm.runtime.contents import Contents
 
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
     from kivi_tvm.runtime.cache import Cache
     from kivi_tvm.runtime.module import Module
 
+Orders = dict[str, layout.PackOrder]
+
 FORMAT = "kivi-tvm cache"
 FORMAT_VERSION = 1
 PACK_ORDER = "plain"
+WORD_AXIS = 2  # of the words of a page, of keys as of values
 # What decides which bits are stored; `compute` says how attention reads them.
 CONFIG_FIELDS = (
     "head_dim",
@@ -70,8 +76,9 @@ def save(cache: Cache, path: str | Path) -> None:
     if not path.parent.is_dir() or path.is_dir():
         raise CacheFileError(f"`path` must be a file in an existing directory, got {str(path)!r}")
     contents, places = transfer.describe(cache)
+    own, plain = _orders(cache.module)
     tensors = {
-        _key(layer.index, name): tensor
+        _key(layer.index, name): _repacked(tensor, name, own, plain)
         for layer in cache.layers
         for name, tensor in transfer.take(layer, contents, places).items()
     }
@@ -120,12 +127,32 @@ def load(
             sink_tokens=contents.sink_tokens,
         )
         names = list(contents.buffers(module.cfg))
+        own, plain = _orders(module)
 
         def tensors_of(layer: int) -> dict[str, Tensor]:
-            return {name: file.get_tensor(_key(layer, name)) for name in names}
+            return {
+                name: _repacked(file.get_tensor(_key(layer, name)), name, plain, own)
+                for name in names
+            }
 
         transfer.fill(cache, contents, tensors_of)
     return cache
+
+
+def _orders(module: Module) -> tuple[Orders, Orders]:
+    """How codes share words in the module's kernels, and in files; by name of the buffer."""
+    keys = module.key, replace(module.key, pack_order=PACK_ORDER)
+    own, plain = (
+        {"k_code": layout.key_order(key), "v_code": layout.value_order(key)} for key in keys
+    )
+    return own, plain
+
+
+def _repacked(tensor: Tensor, name: str, source: Orders, target: Orders) -> Tensor:
+    """A layer's buffer with its codes, if it has any, in another order."""
+    if name not in source:
+        return tensor
+    return repack(tensor, WORD_AXIS, source[name], target[name])
 
 
 @contextmanager

@@ -128,8 +128,7 @@ class CachePool:
 
     @outside_inference_mode
     def _make_workspace(self) -> None:
-        key = self.cfg.kernel_key()
-        tail = 1 + bool(self.rows.sink_tokens)
+        key, tail = self.module.key, 1 + bool(self.rows.sink_tokens)
         self.workspace = Workspace(self.cfg, key, tail, len(self.rows), self.device)
         self._extend_key = replace(key, rows_per_query=key.extend_rows)
         self._extend_workspace: Workspace | None = None

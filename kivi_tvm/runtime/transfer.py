@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kivi_tvm import layout
-from kivi_tvm.config import KiviConfig
 from kivi_tvm.runtime.checks import outside_inference_mode
 from kivi_tvm.runtime.contents import Contents, StoredRow
 from kivi_tvm.runtime.pages import Ownership
@@ -49,7 +48,7 @@ def take(layer: CacheLayer, contents: Contents, places: Tensor) -> dict[str, Ten
     cache = layer.cache
     found = {name: buffer.index_select(0, places) for name, buffer in layer.memory.pages.items()}
     for row in contents.rows:
-        _blank_unwritten(found, cache.cfg, row.pages, contents.body(row))
+        _blank_unwritten(found, cache, row.pages, contents.body(row))
     for name, window in layer.memory.windows.items():
         held = [
             get_tokens(window[row.slot], tokens)
@@ -119,25 +118,31 @@ def _own_pages(cache: Cache, contents: Contents) -> None:
 
 
 def _blank_unwritten(
-    pages: dict[str, Tensor], cfg: KiviConfig, numbers: tuple[int, ...], length: int
+    pages: dict[str, Tensor], cache: Cache, numbers: tuple[int, ...], length: int
 ) -> None:
     """Zero what a row of `length` body tokens has not written in its last pages.
 
     They may hold what was taken back, or what another row wrote before it was freed.
     """
+    cfg = cache.cfg
     keys, values = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
-    order = layout.pack_order(cfg.kernel_key().pack_order, cfg.value_bits)
     for i in range(values // cfg.P, len(numbers)):
         page = {name: buffer[numbers[i]] for name, buffer in pages.items()}
         k, v = (min(max(0, n - i * cfg.P), cfg.P) for n in (keys, values))
-        word, bits = order.word(v), order.shift(order.slot(v))
         page["k_code"][:, :, k:] = 0
-        page["v_code"][:, word + (bits > 0) :] = 0
-        if bits:
-            page["v_code"][:, word] &= (1 << bits) - 1
+        page["v_code"] &= _mask_of_first(v, layout.value_order(cache.module.key))[:, None]
         for name in ("scale", "zero"):
             page[f"k_{name}"][:, k // cfg.G_k :] = 0
             page[f"v_{name}"][:, :, v:] = 0
+
+
+def _mask_of_first(tokens: int, order: layout.PackOrder) -> Tensor:
+    """The bits of a page's words `int32 [P / W]` that hold its first `tokens` tokens."""
+    word = torch.arange(order.span // order.codes_per_word)[:, None]
+    slot = torch.arange(order.codes_per_word)
+    held = order.element(word, slot) < tokens
+    mask: Tensor = held * (order.code_mask << order.shift(slot))
+    return mask.sum(1).to(torch.int32)
 
 
 def _fill_window(window: Tensor, name: str, contents: Contents, tensors: dict[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ class Pool:
         rollback: int = 0,
         seed: int = 0,
     ) -> None:
-        self.cfg, self.lengths = cfg, list(lengths)
+        self.cfg, self.key, self.lengths = cfg, cfg.kernel_key(), list(lengths)
         self.ring = layout.ring_size(cfg, rollback)
         generator = torch.Generator().manual_seed(seed)
         num_slots = len(self.lengths) + 2
@@ -83,7 +83,8 @@ class Pool:
             if n == 0:
                 continue
             found = reference.quantize_key(k[row, :, :n], cfg.key_bits, cfg.G_k)
-            words = reference.pack(found.code, cfg.key_bits, 2)  # [H_kv, n, D / W_k]
+            order = self.key.pack_order
+            words = reference.pack(found.code, cfg.key_bits, 2, order)  # [H_kv, n, D / W_k]
             page, at = self._place(row, torch.arange(n))
             self.buffers["k_code"][page, :, :, at] = words.movedim(1, 0)
             page, at = self._place(row, torch.arange(0, n, cfg.G_k))
@@ -92,17 +93,19 @@ class Pool:
 
     def store_values(self, v: Tensor) -> None:
         """Write the packed values of `v [B, H_kv, T, D]` into the pages."""
-        cfg = self.cfg
-        W = 32 // cfg.value_bits
+        cfg, order = self.cfg, layout.value_order(self.key)
         for row, _, length in self.active():
             n = layout.packed_values(cfg, length)
             if n == 0:
                 continue
             found = reference.quantize_value(v[row, :, :n], cfg.value_bits, cfg.G_v)
-            code = torch.nn.functional.pad(found.code, (0, 0, 0, -n % W))
-            words = reference.pack(code, cfg.value_bits, 1)  # [H_kv, ceil(n / W_v), D]
-            page, at = self._place(row, torch.arange(0, n, W))
-            self.buffers["v_code"][page, :, at // W] = words.movedim(1, 0)
+            code = torch.nn.functional.pad(found.code, (0, 0, 0, -n % cfg.P))
+            words = reference.pack(code, cfg.value_bits, 1, order.name, cfg.P)
+            number = torch.arange(words.shape[1])  # of [H_kv, words of whole pages, D]
+            number = number[order.element(number, 0) < n]
+            page, at = self._place(row, number * order.codes_per_word)
+            at = at // order.codes_per_word
+            self.buffers["v_code"][page, :, at] = words[:, number].movedim(1, 0)
             page, at = self._place(row, torch.arange(n))
             self.buffers["v_scale"][page, :, :, at] = found.scale.movedim(1, 0)
             self.buffers["v_zero"][page, :, :, at] = found.zero.movedim(1, 0)

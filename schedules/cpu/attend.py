@@ -13,7 +13,6 @@ from kivi_tvm.schedules.byte_tiles import (
     ByteBlocks,
     contract_bytes,
     make_quads,
-    order_bytes,
     sum_bytes,
     sum_products,
 )
@@ -116,8 +115,6 @@ def in_integers(sch: Schedule, hardware: Hardware) -> tuple[list[LoopRV], list[L
     square = tile[0], tile[0]
     dot_by_lanes(sch, sch.get_sblock("p_peak"), square[0] * square[1], lanes)
     # 3. quads
-    for name in ("q_fold", "key_order", "value_order", "p_order"):
-        order_bytes(sch, sch.get_sblock(name), lanes)
     for name in ("q_quad", "p_quad"):
         make_quads(sch, sch.get_sblock(name), tile[0], lanes)
     # 4. what does not depend on codes

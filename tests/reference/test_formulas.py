@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kivi_tvm.config import BITS
+from kivi_tvm.layout import pack_order
 from kivi_tvm.reference import (
     FLOAT16_MAX,
     attention,
@@ -16,6 +17,7 @@ from kivi_tvm.reference import (
     quantize,
     quantize_key,
     quantize_value,
+    repack,
     unpack,
 )
 
@@ -98,9 +100,14 @@ def test_pack_and_unpack_are_inverse(seed, bits, dim):
     code = torch.randint(
         0, 2**bits, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
     )
-    words = pack(code, bits, dim)
-    assert words.dtype == torch.int32 and words.shape[dim] == bits
-    assert torch.equal(unpack(words, bits, dim), code)
+    for order, span in (("plain", None), ("bytes", None), ("bytes", 16)):
+        if span and span % (32 // bits):
+            continue
+        words = pack(code, bits, dim, order, span)
+        assert words.dtype == torch.int32 and words.shape[dim] == bits
+        assert torch.equal(unpack(words, bits, dim, order, span), code)
+        orders = (pack_order(name, bits, span or 32) for name in (order, "plain"))
+        assert torch.equal(repack(words, dim, *orders), pack(code, bits, dim))
 
 
 def test_low_bits_first():
