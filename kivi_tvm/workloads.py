@@ -220,7 +220,8 @@ MODELS: dict[str, Workload] = {
 
 # What tuning records are committed for: one layer of a real model's size, by what kernels see.
 TUNED: dict[str, Workload] = {
-    f"D{D}-M{M}-b{b}": Workload(32, 32 // M, D, 8192, 1, b, b, dtype="float32")
+    f"D{D}-M{M}-b{b}-{slug}": Workload(32, 32 // M, D, 8192, 1, b, b, dtype=dtype)
+    for dtype, slug in DTYPE_SLUGS.items()
     for D in (64, 128)
     for M in (1, 4, 8)
     for b in (2, 4)

@@ -12,7 +12,7 @@ import pytest
 from kivi_tvm.cli.geometry import add_geometry_options, workloads
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.errors import UserError
-from kivi_tvm.workloads import MODELS, TUNED
+from kivi_tvm.workloads import DTYPE_SLUGS, MODELS, TUNED
 
 LLAMA = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 GEMMA_TEXT = LLAMA | {"head_dim": 256, "num_attention_heads": 4}
@@ -80,11 +80,11 @@ def test_default_is_what_the_demo_compiles():
 def test_named_workloads_are_named_after_their_kernels():
     for name, workload in TUNED.items():
         w = workload.cfg
-        assert f"D{w.D}-M{w.M}-b{w.key_bits}" == name
-        assert (workload.dtype, workload.key_bits) == ("float32", workload.value_bits)
-    names = ["D64-M1-b2", "D128-M8-b4"]
+        assert f"D{w.D}-M{w.M}-b{w.key_bits}-{DTYPE_SLUGS[workload.dtype]}" == name
+        assert (workload.compute, workload.key_bits) == ("auto", workload.value_bits)
+    names = ["D64-M1-b2-fp16", "D128-M8-b4-fp32"]
     assert parse("--workloads", *names) == [TUNED[name] for name in names]
-    assert len(TUNED) == 12 == len({w.cfg.kernel_key() for w in TUNED.values()})
+    assert len(TUNED) == 36 == len({w.cfg.kernel_key() for w in TUNED.values()})
 
 
 def test_flags_and_several_dtypes():
@@ -188,9 +188,9 @@ def test_everything_wrong_is_listed_at_once():
 
 def test_contradictions():
     assert "in one way, got --model and --head-dim" in refused("--model", "x", "--head-dim", 64)
-    assert "`--bits` must not be given" in refused("--workloads", "D64-M1-b2", "--bits", 2)
-    message = refused("--workloads", "D64-M2-b2", "D64-M1-b2")
-    assert "got 'D64-M2-b2' (did you mean D64-M" in message
+    assert "`--bits` must not be given" in refused("--workloads", "D64-M1-b2-fp16", "--bits", 2)
+    message = refused("--workloads", "D64-M2-b2-fp16", "D64-M1-b2-fp16")
+    assert "got 'D64-M2-b2-fp16' (did you mean D64-M" in message
 
 
 @pytest.fixture
