@@ -33,7 +33,9 @@ def add_geometry_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", help="a named model, a local transformers folder or config.json, or .onnx file"
     )
-    group.add_argument("--workloads", nargs="+", metavar="NAME", help="named ones: D128-M4-b2-bf16, ...")
+    group.add_argument(
+        "--workloads", nargs="+", metavar="NAME", help="named ones: D128-M4-b2-bf16, ..."
+    )
     group.add_argument("--head-dim", type=int, help="channels per head")
     group.add_argument("--num-heads", type=int, help="query heads")
     group.add_argument("--num-kv-heads", type=int, help="key/value heads (default: --num-heads)")

@@ -1,0 +1,123 @@
+"""Write docs/attention.md from docs/attention.jsonl, what `kivi-tvm bench attention` measured.
+
+    python3 tools/attention_page.py [--check]
+
+Standard library only, and the syntax of Python 3.9, as all tools here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+DATA, PAGE = DOCS / "attention.jsonl", DOCS / "attention.md"
+MODES = ("int8", "int8x2", "float")
+COLUMNS = (
+    ("cache", "-"),
+    ("state", "-"),
+    ("auto is", "-"),
+    ("best 16-bit peer", "-"),
+    ("best quantized peer", "-"),
+    *((f"{mode} / 16-bit / quantized / of floor", "-:") for mode in MODES),
+)
+HEAD = """# Decode attention beside its peers
+
+One call of `decode` (append, attention over packed tokens and window) against one call of each
+peer's decode attention on its own cache of the same tokens. Times are medians of interleaved calls
+in one process, each checked before it is timed; "cold" turns through caches that together exceed
+the last-level cache several times, as the layers of a model do, "warm" stays on one. A mode's cell
+is its time, then how many times faster it is than the best 16-bit and the best quantized peer, then
+the share of the floor: the bytes of the cache over the bandwidth at which memory was read in the
+same run. Built schedules are tuned where a record exists, else the default.
+
+"""
+FOOT = """
+![time against tokens](attention.png)
+
+Made by
+
+```sh
+kivi-tvm bench attention --output docs/attention.jsonl ...
+python3 tools/attention_page.py
+```
+
+from {count} measurements on {device}, {threads} threads unless said, commits {commits};
+{versions}. Errors are relative L2 distances to attention on what each cache holds; `docs/attention.jsonl`
+has them, every peer and every spread.
+"""
+
+
+def read() -> list[dict]:
+    lines = DATA.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["op"] == "decode_attention"]
+
+
+def fastest(records: list[dict]) -> dict | None:
+    timed = [record for record in records if record["passed"]]
+    return min(timed, key=lambda record: record["median_us"], default=None)
+
+
+def title(record: dict) -> str:
+    bits = record["key_bits"]
+    lengths = record["lengths"]
+    tokens = f"100 ... {max(lengths)} tokens" if lengths else f"{record['tokens']} tokens"
+    heads = f"H={record['num_heads']}, H_kv={record['num_kv_heads']}, D={record['head_dim']}"
+    threads = "" if record["threads"] == 2 else f", {record['threads']} thread"
+    batch = f"{record['batch_size']} x " if record["batch_size"] > 1 else ""
+    return f"{batch}{tokens}, {heads}, {bits} bits, G={record['group_size']}{threads}"
+
+
+def cell(ours: dict | None, half: dict | None, quantized: dict | None) -> str:
+    if ours is None:
+        return ""
+    parts = [f"{ours['median_us'] / 1e3:.3g} ms"]
+    parts += [
+        f"{rival['median_us'] / ours['median_us']:.1f}x" if rival else "-"
+        for rival in (half, quantized)
+    ]
+    return " / ".join([*parts, f"{100 * ours['floor_us'] / ours['median_us']:.0f}%"])
+
+
+def rows(records: list[dict]) -> list[list[str]]:
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault((title(record), record["state"]), []).append(record)
+    found = []
+    for (name, state), group in groups.items():
+        ours = [record for record in group if record["kind"] == "ours"]
+        half, quantized = (
+            fastest([record for record in group if record["kind"] == kind])
+            for kind in ("16-bit", "quantized")
+        )
+        auto = next(record for record in ours if record["auto"])
+        cells = [
+            cell(fastest([r for r in ours if r["compute"] == mode]), half, quantized)
+            for mode in MODES
+        ]
+        peers = [f"{p['provider']} {p['median_us'] / 1e3:.3g} ms" if p else "-" for p in (half, quantized)]
+        found.append([name, state, auto["compute"], *peers, *cells])
+    return found
+
+
+def page() -> str:
+    records = read()
+    table = [[name for name, _ in COLUMNS], [side for _, side in COLUMNS], *rows(records)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    last = records[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    foot = FOOT.format(
+        count=len(records),
+        device=last["device"],
+        threads=2,
+        commits=", ".join(sorted({record["commit"] for record in records})),
+        versions=versions,
+    )
+    return HEAD + "\n".join(lines) + "\n" + foot
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
