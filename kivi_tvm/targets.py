@@ -24,15 +24,21 @@ BYTE_DOTS = (
     ({"dotprod"}, "sdot"),
 )
 
+GPU_KINDS = ("cuda", "opencl")
+WARP = 32
+SHARED_BYTES = 48 * 1024  # that every CUDA device gives without being asked
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Facts about a target that schedules read; a chip is never an `if`."""
 
     model: str  # programming model: the folder of its schedules
-    vector_bits: int
-    vector_registers: int
+    vector_bits: int = 0
+    vector_registers: int = 0
     byte_dot: str | None = None  # how dot products of bytes are computed: `schedules/byte_dot.py`
+    warp: int = 1  # threads that go in step
+    shared_bytes: int = 0  # of a work-group
 
     @property
     def float32_lanes(self) -> int:
@@ -138,6 +144,8 @@ def required_cpu_flags(target: Target) -> tuple[str, ...]:
 
 def hardware(target: Target) -> Hardware:
     """The facts that schedules use."""
+    if target.kind.name in GPU_KINDS:
+        return Hardware(model="gpu", warp=WARP, shared_bytes=SHARED_BYTES)
     features = set(map(str, codegen.llvm_get_cpu_features(target)))
     byte_dot = next((kind for needs, kind in BYTE_DOTS if needs & features), None)
     # TVM's own figure is 512 for every x86.

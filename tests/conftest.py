@@ -22,12 +22,26 @@ settings.register_profile("kivi", deadline=None, derandomize=True)
 settings.load_profile("kivi")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kernels",
+        choices=["cpu", "opencl", "cuda"],
+        default="cpu",
+        help="what tests/ops runs: compiled for this CPU, or GPU schedules on PoCL or a CUDA device",
+    )
+
+
 def pytest_configure(config):
     """Keep artifacts, converted weights and tuning records of the tests inside the checkout."""
     cache = Path(config.rootpath) / ".cache"
     os.environ.setdefault("KIVI_TVM_CACHE_DIR", str(cache / "kivi-tvm"))
     # Not the user's: what a developer has tuned must not change what the tests build.
     os.environ.setdefault("KIVI_TVM_TUNING_DIR", str(cache / "tuning_logs"))
+    if (kernels := config.getoption("--kernels")) != "cpu":
+        import configurations
+        import gpu_kernels
+
+        configurations.library = getattr(gpu_kernels, f"{kernels}_library")
 
 
 def pytest_collection_modifyitems(items):

@@ -34,7 +34,8 @@ def advance(key: KernelKey):
             with T.sblock("row"):
                 vb = T.axis.spatial(B, b)
                 T.where(slots[b] >= 0)
-                T.reads(state[0:S, 0:4], slots[vb], tokens[vb])
+                # Declared as written only: a row's state is no other row's.
+                T.reads(slots[vb], tokens[vb])
                 T.writes(state[0:S, 0:4])
                 slot = T.meta_var(slots[vb])
                 state[slot, LENGTH] = state[slot, LENGTH] + tokens[vb]

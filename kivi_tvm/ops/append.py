@@ -145,17 +145,24 @@ def append(key: KernelKey):
                                 vl = T.axis.opaque(1, leaving)
                                 token = T.meta_var(L - 1 - R)
                                 page = T.meta_var(page_table[slot, token // P])
-                                vx = T.sblock_alloc_buffer((1, D), "float32")
                                 v_new_scale = T.sblock_alloc_buffer((D // G_v, 1), "float16")
                                 v_new_zero = T.sblock_alloc_buffer((D // G_v, 1), "float16")
                                 v_new_code = T.sblock_alloc_buffer((1, D), "uint32")
-                                for d in range(D):
-                                    with T.sblock("load_value"):
-                                        vd = T.axis.spatial(D, d)
-                                        vx[0, vd] = T.Cast(
-                                            "float32", v_ring[slot, vh, token % ring, vd]
-                                        )
-                                value_token(vx, v_new_scale, v_new_zero, v_new_code)
+                                with T.sblock("measure"):
+                                    T.reads(state[0:S, 0:4], slots[vb], added[vb])
+                                    T.writes(
+                                        v_new_scale[0 : D // G_v, 0],
+                                        v_new_zero[0 : D // G_v, 0],
+                                        v_new_code[0, 0:D],
+                                    )
+                                    vx = T.sblock_alloc_buffer((1, D), "float32")
+                                    for d in range(D):
+                                        with T.sblock("load_value"):
+                                            vd = T.axis.spatial(D, d)
+                                            vx[0, vd] = T.Cast(
+                                                "float32", v_ring[slot, vh, token % ring, vd]
+                                            )
+                                    value_token(vx, v_new_scale, v_new_zero, v_new_code)
                                 word = T.sblock_alloc_buffer((D,), "uint32")
                                 for d in range(D):
                                     with T.sblock("load_word"):
@@ -212,30 +219,43 @@ def append(key: KernelKey):
                                     vf = T.axis.opaque(R // G_k, g)
                                     first = T.meta_var(L - R + vf * G_k)
                                     page = T.meta_var(page_table[slot, first // P])
-                                    kx = T.sblock_alloc_buffer((G_k, D), "float32")
                                     k_new_scale = T.sblock_alloc_buffer((D,), "float16")
                                     k_new_zero = T.sblock_alloc_buffer((D,), "float16")
                                     k_new_word = T.sblock_alloc_buffer((D // W_k, G_k), "uint32")
-                                    for t, d in T.grid(G_k, D):
-                                        with T.sblock("load_key"):
-                                            vt, vd = T.axis.remap("SS", [t, d])
-                                            kx[vt, vd] = T.Cast(
-                                                "float32", k_ring[slot, vh, (first + vt) % ring, vd]
-                                            )
-                                    key_group(kx, k_new_scale, k_new_zero, k_new_word)
-                                    for w, t in T.grid(D // W_k, G_k):
-                                        with T.sblock("store_key_code"):
-                                            vw, vt = T.axis.remap("SS", [w, t])
-                                            k_code[page, vh, vw, first % P + vt] = k_new_word[
-                                                vw, vt
-                                            ]
-                                    for d in range(D):
-                                        with T.sblock("store_key_scale"):
-                                            vd = T.axis.spatial(D, d)
-                                            k_scale[page, vh, first % P // G_k, vd] = k_new_scale[
-                                                vd
-                                            ]
-                                            k_zero[page, vh, first % P // G_k, vd] = k_new_zero[vd]
+                                    with T.sblock("pack"):
+                                        T.reads(page_table[0:S, 0:pages], slots[vb])
+                                        T.writes(
+                                            k_new_scale[0:D],
+                                            k_new_zero[0:D],
+                                            k_new_word[0 : D // W_k, 0:G_k],
+                                            k_code[0:N, vh, 0 : D // W_k, 0:P],
+                                            k_scale[0:N, vh, 0 : P // G_k, 0:D],
+                                            k_zero[0:N, vh, 0 : P // G_k, 0:D],
+                                        )
+                                        kx = T.sblock_alloc_buffer((G_k, D), "float32")
+                                        for t, d in T.grid(G_k, D):
+                                            with T.sblock("load_key"):
+                                                vt, vd = T.axis.remap("SS", [t, d])
+                                                kx[vt, vd] = T.Cast(
+                                                    "float32",
+                                                    k_ring[slot, vh, (first + vt) % ring, vd],
+                                                )
+                                        key_group(kx, k_new_scale, k_new_zero, k_new_word)
+                                        for w, t in T.grid(D // W_k, G_k):
+                                            with T.sblock("store_key_code"):
+                                                vw, vt = T.axis.remap("SS", [w, t])
+                                                k_code[page, vh, vw, first % P + vt] = k_new_word[
+                                                    vw, vt
+                                                ]
+                                        for d in range(D):
+                                            with T.sblock("store_key_scale"):
+                                                vd = T.axis.spatial(D, d)
+                                                k_scale[page, vh, first % P // G_k, vd] = (
+                                                    k_new_scale[vd]
+                                                )
+                                                k_zero[page, vh, first % P // G_k, vd] = k_new_zero[
+                                                    vd
+                                                ]
                                     for t, d in T.grid(G_k, D):
                                         with T.sblock("write_back"):
                                             vt, vd = T.axis.remap("SS", [t, d])

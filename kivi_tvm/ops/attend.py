@@ -20,6 +20,7 @@ from kivi_tvm.ops import contract_float, contract_int8
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
+    row_tiles,
     softmax_blocks,
     start_blocks,
     store_blocks,
@@ -38,6 +39,7 @@ def attend(
     chunk_tokens: int | None = None,
     prefetch: str = "none",
     unpack: str = "shift",
+    row_tile: int | None = None,
 ):
     """Partial attention of every work item over its split of the packed tokens.
 
@@ -55,6 +57,9 @@ def attend(
     unpack : str
         How integer modes get a place of a word's bytes: "shift" moves it down, "mask" leaves it
         where it is, which takes unsigned products.
+    row_tile : int, optional
+        Query rows that are computed together, of those that share a KV head; default all. Each tile
+        reads the codes once.
 
     Returns
     -------
@@ -65,7 +70,9 @@ def attend(
         Work items with row -1 are skipped. The last entries of the partial results belong to
         others: the window and new tokens.
     """
-    D, M, P, dtype = key.head_dim, key.rows, key.page_size, key.dtype
+    D, P, dtype = key.head_dim, key.page_size, key.dtype
+    tiles = row_tiles(key, row_tile)
+    M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     G_k, G_v = key.key_group_size, key.value_group_size
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
     C, SPLIT = chunk_tokens or key.chunk_tokens, key.split_tokens
@@ -81,8 +88,8 @@ def attend(
         )
     ]
     contraction = CONTRACTIONS[key.compute]
-    scores = contraction.score_blocks(key, C, unpack)
-    outputs = contraction.output_blocks(key, C, unpack)
+    scores = contraction.score_blocks(key, M, C, unpack)
+    outputs = contraction.output_blocks(key, M, C, unpack)
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 
@@ -116,32 +123,34 @@ def attend(
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
         work = T.match_buffer(work_handle, (items, 2), "int32")
-        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
-        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
-        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
+        q = T.match_buffer(q_handle, (B, H_kv * ROWS, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * ROWS, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * ROWS, X, 2), "float32")
 
         # Heads inside: a page's heads lie side by side, and reading them in turn instead of one
         # head's pages at a stride is 1.5 times faster once the cache exceeds the last-level cache.
-        for item, h in T.grid(items, H_kv):
+        for item, h in T.grid(items, H_kv * TILES):
             with T.sblock("split"):
                 vi, vh = T.axis.remap("SS", [item, h])
                 T.where(work[item, 0] >= 0)
+                kv = T.meta_var(tiles.head(vh))
+                row = T.meta_var(tiles.start(vh))
                 T.reads(
-                    k_code[0:N, vh, 0 : D // W_k, 0:P],
-                    k_scale[0:N, vh, 0:N_k, 0:D],
-                    k_zero[0:N, vh, 0:N_k, 0:D],
-                    v_code[0:N, vh, 0 : P // W_v, 0:D],
-                    v_scale[0:N, vh, 0:N_v, 0:P],
-                    v_zero[0:N, vh, 0:N_v, 0:P],
+                    k_code[0:N, kv, 0 : D // W_k, 0:P],
+                    k_scale[0:N, kv, 0:N_k, 0:D],
+                    k_zero[0:N, kv, 0:N_k, 0:D],
+                    v_code[0:N, kv, 0 : P // W_v, 0:D],
+                    v_scale[0:N, kv, 0:N_v, 0:P],
+                    v_zero[0:N, kv, 0:N_v, 0:P],
                     page_table[0:S, 0:pages],
                     state[0:S, 0:4],
                     slots[0:B],
                     work[vi, 0:2],
-                    q[0:B, vh * M : vh * M + M, 0:D],
+                    q[0:B, row : row + M, 0:D],
                 )
                 T.writes(
-                    part_acc[0:B, vh * M : vh * M + M, 0:X, 0:D],
-                    part_stat[0:B, vh * M : vh * M + M, 0:X, 0:2],
+                    part_acc[0:B, row : row + M, 0:X, 0:D],
+                    part_stat[0:B, row : row + M, 0:X, 0:2],
                 )
                 b = T.meta_var(work[vi, 0])
                 slot = T.meta_var(slots[b])
@@ -157,7 +166,7 @@ def attend(
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        q_scaled[vm, vd] = T.Cast("float32", q[b, vh * M + vm, vd]) * (
+                        q_scaled[vm, vd] = T.Cast("float32", q[b, row + vm, vd]) * (
                             scale * T.float32(LOG2_E)
                         )
                 start(run_max, run_sum, run_acc)
@@ -165,12 +174,12 @@ def attend(
                     with T.sblock("chunk"):
                         vc = T.axis.opaque(CHUNKS, c)
                         T.reads(
-                            k_code[0:N, vh, 0 : D // W_k, 0:P],
-                            k_scale[0:N, vh, 0:N_k, 0:D],
-                            k_zero[0:N, vh, 0:N_k, 0:D],
-                            v_code[0:N, vh, 0 : P // W_v, 0:D],
-                            v_scale[0:N, vh, 0:N_v, 0:P],
-                            v_zero[0:N, vh, 0:N_v, 0:P],
+                            k_code[0:N, kv, 0 : D // W_k, 0:P],
+                            k_scale[0:N, kv, 0:N_k, 0:D],
+                            k_zero[0:N, kv, 0:N_k, 0:D],
+                            v_code[0:N, kv, 0 : P // W_v, 0:D],
+                            v_scale[0:N, kv, 0:N_v, 0:P],
+                            v_zero[0:N, kv, 0:N_v, 0:P],
                             page_table[0:S, 0:pages],
                             state[0:S, 0:4],
                             slots[0:B],
@@ -192,7 +201,7 @@ def attend(
                             # The next chunk, or the first one of the next head.
                             ends = T.meta_var((vc + 1) * C >= T.min(SPLIT, packed - first))
                             after = T.meta_var(T.Select(ends, first, base + C))
-                            head = T.meta_var(T.Select(ends, T.min(vh + 1, H_kv - 1), vh))
+                            head = T.meta_var(T.Select(ends, T.min(kv + 1, H_kv - 1), kv))
                             next_page = T.sblock_alloc_buffer((PAGES,), "int32")
                             for j in range(PAGES):
                                 with T.sblock("next_page"):
@@ -207,9 +216,9 @@ def attend(
                             fetch[4](v_scale, next_page, head)
                             fetch[5](v_zero, next_page, head)
                         left = T.meta_var(packed - base)
-                        scores(q_scaled, k_code, k_scale, k_zero, page, vh, left, score)
+                        scores(q_scaled, k_code, k_scale, k_zero, page, kv, left, score)
                         softmax(score, chunk_max, prob, chunk_sum)
-                        outputs(prob, v_code, v_scale, v_zero, page, vh, left, chunk_acc)
+                        outputs(prob, v_code, v_scale, v_zero, page, kv, left, chunk_acc)
                     with T.sblock("merge"):
                         vc = T.axis.opaque(CHUNKS, c)
                         T.reads(
@@ -222,7 +231,7 @@ def attend(
                         )
                         T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
-                store(run_max, run_sum, run_acc, part_acc, part_stat, b, vh * M, work[vi, 1])
+                store(run_max, run_sum, run_acc, part_acc, part_stat, b, row, work[vi, 1])
 
     if key.compute == "float":
         return attend

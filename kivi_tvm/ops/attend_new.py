@@ -12,6 +12,7 @@ from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
+    row_tiles,
     softmax_blocks,
     start_blocks,
     store_blocks,
@@ -20,8 +21,14 @@ from kivi_tvm.ops.online_softmax import (
 CHUNK = 32  # new tokens whose scores are held at once
 
 
-def attend_new(key: KernelKey):
+def attend_new(key: KernelKey, row_tile: int | None = None):
     """Partial attention of every row over its new tokens, stored as the last but one result.
+
+    Parameters
+    ----------
+    key : KernelKey
+    row_tile : int, optional
+        As for `attend`.
 
     Returns
     -------
@@ -30,7 +37,9 @@ def attend_new(key: KernelKey):
         first, scale, part_acc [B, H n, X, D], part_stat [B, H n, X, 2])` with `n` tokens' queries
         per head; rows with slot -1 are skipped.
     """
-    D, M, n, C, dtype = key.head_dim, key.rows, key.rows_per_query, CHUNK, key.dtype
+    D, n, C, dtype = key.head_dim, key.rows_per_query, CHUNK, key.dtype
+    tiles = row_tiles(key, row_tile)
+    M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, store = merge_blocks(M, D), store_blocks(M, D)
 
@@ -60,22 +69,24 @@ def attend_new(key: KernelKey):
         v = T.match_buffer(
             v_handle, (B, H_kv, tokens, D), dtype, strides=(v_row, v_head, v_token, 1)
         )
-        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
-        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
-        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
-        for b, h in T.grid(B, H_kv):
+        q = T.match_buffer(q_handle, (B, H_kv * ROWS, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * ROWS, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * ROWS, X, 2), "float32")
+        for b, h in T.grid(B, H_kv * TILES):
             with T.sblock("row"):
                 vb, vh = T.axis.remap("SS", [b, h])
                 T.where(slots[b] >= 0)
+                kv = T.meta_var(tiles.head(vh))
+                row = T.meta_var(tiles.start(vh))
                 T.reads(
-                    k[vb, vh, 0:tokens, 0:D],
-                    v[vb, vh, 0:tokens, 0:D],
+                    k[vb, kv, 0:tokens, 0:D],
+                    v[vb, kv, 0:tokens, 0:D],
                     added[vb],
-                    q[vb, vh * M : vh * M + M, 0:D],
+                    q[vb, row : row + M, 0:D],
                 )
                 T.writes(
-                    part_acc[vb, vh * M : vh * M + M, X - 2, 0:D],
-                    part_stat[vb, vh * M : vh * M + M, X - 2, 0:2],
+                    part_acc[vb, row : row + M, X - 2, 0:D],
+                    part_stat[vb, row : row + M, X - 2, 0:2],
                 )
                 seen = T.meta_var(T.min(first + n, added[vb]))
                 q_scaled = T.sblock_alloc_buffer((M, D), "float32")
@@ -88,7 +99,7 @@ def attend_new(key: KernelKey):
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        q_scaled[vm, vd] = T.Cast("float32", q[vb, vh * M + vm, vd]) * (
+                        q_scaled[vm, vd] = T.Cast("float32", q[vb, row + vm, vd]) * (
                             scale * T.float32(LOG2_E)
                         )
                 start(run_max, run_sum, run_acc)
@@ -96,8 +107,8 @@ def attend_new(key: KernelKey):
                     with T.sblock("chunk"):
                         vc = T.axis.opaque(T.ceildiv(tokens, C), c)
                         T.reads(
-                            k[vb, vh, 0:tokens, 0:D],
-                            v[vb, vh, 0:tokens, 0:D],
+                            k[vb, kv, 0:tokens, 0:D],
+                            v[vb, kv, 0:tokens, 0:D],
                             added[vb],
                             q_scaled[0:M, 0:D],
                         )
@@ -113,13 +124,14 @@ def attend_new(key: KernelKey):
                                 with T.init():
                                     dot[vm, vt] = T.float32(0)
                                 dot[vm, vt] += q_scaled[vm, vd] * T.Cast(
-                                    "float32", k[vb, vh, T.min(vc * C + vt, tokens - 1), vd]
+                                    "float32", k[vb, kv, T.min(vc * C + vt, tokens - 1), vd]
                                 )
                         for m, t in T.grid(M, C):
                             with T.sblock("score"):
                                 vm, vt = T.axis.remap("SS", [m, t])
                                 score[vm, vt] = T.Select(
-                                    vc * C + vt < seen and vc * C + vt <= first + vm % n,
+                                    vc * C + vt < seen
+                                    and vc * C + vt <= first + (tiles.first(vh) + vm) % n,
                                     dot[vm, vt],
                                     T.min_value("float32"),
                                 )
@@ -128,7 +140,8 @@ def attend_new(key: KernelKey):
                             with T.sblock("mass"):
                                 vm, vt = T.axis.remap("SS", [m, t])
                                 mass[vm, vt] = T.Select(
-                                    vc * C + vt < seen and vc * C + vt <= first + vm % n,
+                                    vc * C + vt < seen
+                                    and vc * C + vt <= first + (tiles.first(vh) + vm) % n,
                                     prob[vm, vt],
                                     T.float32(0),
                                 )
@@ -141,7 +154,7 @@ def attend_new(key: KernelKey):
                                     mass[vm, vt] > T.float32(0),
                                     mass[vm, vt]
                                     * T.Cast(
-                                        "float32", v[vb, vh, T.min(vc * C + vt, tokens - 1), vd]
+                                        "float32", v[vb, kv, T.min(vc * C + vt, tokens - 1), vd]
                                     ),
                                     T.float32(0),
                                 )
@@ -161,6 +174,6 @@ def attend_new(key: KernelKey):
                         )
                         T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
-                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, vh * M, X - 2)
+                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, row, X - 2)
 
     return attend_new

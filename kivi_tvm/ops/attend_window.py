@@ -14,6 +14,7 @@ from kivi_tvm.layout import DTYPE_BYTES, LENGTH, PACKED_VALUES
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
+    row_tiles,
     softmax_blocks,
     start_blocks,
     store_blocks,
@@ -25,7 +26,12 @@ CHUNK_TOKENS = 32
 FETCH_KEYS, FETCH_VALUES = "fetch_keys", "fetch_values"
 
 
-def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: str = "none"):
+def attend_window(
+    key: KernelKey,
+    chunk_tokens: int = CHUNK_TOKENS,
+    prefetch: str = "none",
+    row_tile: int | None = None,
+):
     """Partial attention of every row over its window, stored as one partial result.
 
     Parameters
@@ -36,6 +42,8 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
     prefetch : str
         "next" asks for the memory of the next chunk in blocks `fetch_*`, which a schedule spreads
         over the work on this one; "none" does not.
+    row_tile : int, optional
+        As for `attend`.
 
     Returns
     -------
@@ -44,7 +52,9 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
         entry, part_acc [B, H n, X, D], part_stat [B, H n, X, 2])` with `n` tokens' queries per
         head; the result is number `X - entry`; rows with slot -1 are skipped.
     """
-    D, M, C, dtype = key.head_dim, key.rows, chunk_tokens, key.dtype
+    D, C, dtype = key.head_dim, chunk_tokens, key.dtype
+    tiles = row_tiles(key, row_tile)
+    M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     fetch_keys, fetch_values = (
         prefetch_tokens(name, C, D, DTYPE_BYTES[dtype]) for name in (FETCH_KEYS, FETCH_VALUES)
     )
@@ -71,23 +81,25 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
         v_ring = T.match_buffer(v_ring_handle, (S, H_kv, ring, D), dtype)
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
-        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
-        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
-        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
-        for b, h in T.grid(B, H_kv):
+        q = T.match_buffer(q_handle, (B, H_kv * ROWS, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * ROWS, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * ROWS, X, 2), "float32")
+        for b, h in T.grid(B, H_kv * TILES):
             with T.sblock("row"):
                 vb, vh = T.axis.remap("SS", [b, h])
                 T.where(slots[b] >= 0)
+                kv = T.meta_var(tiles.head(vh))
+                row = T.meta_var(tiles.start(vh))
                 T.reads(
-                    k_ring[0:S, vh, 0:ring, 0:D],
-                    v_ring[0:S, vh, 0:ring, 0:D],
+                    k_ring[0:S, kv, 0:ring, 0:D],
+                    v_ring[0:S, kv, 0:ring, 0:D],
                     state[0:S, 0:4],
                     slots[vb],
-                    q[vb, vh * M : vh * M + M, 0:D],
+                    q[vb, row : row + M, 0:D],
                 )
                 T.writes(
-                    part_acc[vb, vh * M : vh * M + M, X - entry, 0:D],
-                    part_stat[vb, vh * M : vh * M + M, X - entry, 0:2],
+                    part_acc[vb, row : row + M, X - entry, 0:D],
+                    part_stat[vb, row : row + M, X - entry, 0:2],
                 )
                 slot = T.meta_var(slots[vb])
                 count = T.meta_var(state[slot, LENGTH] - state[slot, PACKED_VALUES])
@@ -104,7 +116,7 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        q_scaled[vm, vd] = T.Cast("float32", q[vb, vh * M + vm, vd]) * (
+                        q_scaled[vm, vd] = T.Cast("float32", q[vb, row + vm, vd]) * (
                             scale * T.float32(LOG2_E)
                         )
                 start(run_max, run_sum, run_acc)
@@ -112,8 +124,8 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                     with T.sblock("chunk"):
                         vc = T.axis.opaque(T.ceildiv(ring, C), c)
                         T.reads(
-                            k_ring[0:S, vh, 0:ring, 0:D],
-                            v_ring[0:S, vh, 0:ring, 0:D],
+                            k_ring[0:S, kv, 0:ring, 0:D],
+                            v_ring[0:S, kv, 0:ring, 0:D],
                             state[0:S, 0:4],
                             slots[vb],
                             oldest[0],
@@ -135,7 +147,7 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                             # The next chunk, or the first one of the next head.
                             ends = T.meta_var((vc + 1) * C >= count)
                             first = T.meta_var(T.Select(ends, 0, (vc + 1) * C))
-                            head = T.meta_var(T.Select(ends, T.min(vh + 1, H_kv - 1), vh))
+                            head = T.meta_var(T.Select(ends, T.min(kv + 1, H_kv - 1), kv))
                             next_source = T.sblock_alloc_buffer((C,), "int32")
                             for t in range(C):
                                 with T.sblock("next_source"):
@@ -150,7 +162,7 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                                 with T.init():
                                     dot[vm, vt] = T.float32(0)
                                 dot[vm, vt] += q_scaled[vm, vd] * T.Cast(
-                                    "float32", k_ring[slot, vh, source[vt], vd]
+                                    "float32", k_ring[slot, kv, source[vt], vd]
                                 )
                         for m, t in T.grid(M, C):
                             with T.sblock("score"):
@@ -171,7 +183,7 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                                 with T.init():
                                     out[vm, vd] = T.float32(0)
                                 out[vm, vd] += mass[vm, vt] * T.Cast(
-                                    "float32", v_ring[slot, vh, source[vt], vd]
+                                    "float32", v_ring[slot, kv, source[vt], vd]
                                 )
                         for m, d in T.grid(M, D):
                             with T.sblock("chunk_acc"):
@@ -189,6 +201,6 @@ def attend_window(key: KernelKey, chunk_tokens: int = CHUNK_TOKENS, prefetch: st
                         )
                         T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
-                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, vh * M, X - entry)
+                store(run_max, run_sum, run_acc, part_acc, part_stat, vb, row, X - entry)
 
     return attend_window

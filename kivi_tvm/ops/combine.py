@@ -65,8 +65,8 @@ def combine(key: KernelKey):
                         0,
                     )
                 )
-                top = T.sblock_alloc_buffer((1,), "float32")
-                total = T.sblock_alloc_buffer((1,), "float32")
+                top = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                 acc = T.sblock_alloc_buffer((D,), "float32")
                 top[0] = T.min_value("float32")
                 total[0] = T.float32(0)
@@ -81,14 +81,17 @@ def combine(key: KernelKey):
                     with T.sblock("entry"):
                         vx = T.axis.opaque(X, x)
                         entry = T.meta_var(T.Select(vx >= entries - tail, X - entries + vx, vx))
-                        below = T.sblock_alloc_buffer((1,), "float32")
-                        gain = T.sblock_alloc_buffer((1,), "float32")
+                        below = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        gain = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         below[0] = part_stat[vb, vh, entry, 0] - top[0]
                         gain[0] = exp2(below[0])
                         total[0] = total[0] + gain[0] * part_stat[vb, vh, entry, 1]
                         for d in range(D):
                             with T.sblock("add"):
                                 vd = T.axis.spatial(D, d)
+                                # Declared as written only: an update in place is not scheduled.
+                                T.reads(gain[0], part_acc[vb, vh, entry, vd])
+                                T.writes(acc[vd])
                                 acc[vd] = acc[vd] + gain[0] * part_acc[vb, vh, entry, vd]
                 for d in range(D):
                     with T.sblock("out"):

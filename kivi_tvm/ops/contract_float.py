@@ -17,9 +17,9 @@ def _power(shift):
     return T.reinterpret("float32", (127 - shift) << 23)
 
 
-def score_blocks(key: KernelKey, C: int, unpack: str):
-    """`score = sum_d (q_d s_d) code_d + q_d z_d` of the first `left` of `C` tokens, else lowest."""
-    M, D, P, G = key.rows, key.head_dim, key.page_size, key.key_group_size
+def score_blocks(key: KernelKey, M: int, C: int, unpack: str):
+    """`score [M, C] = sum_d (q_d s_d) code_d + q_d z_d` of the first `left` tokens, else lowest."""
+    D, P, G = key.head_dim, key.page_size, key.key_group_size
     del unpack
     W, order = key.key_codes_per_word, key_order(key)
     mask = order.code_mask
@@ -30,6 +30,7 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
         q_zero = T.sblock_alloc_buffer((M, C // G), "float32")
         scale = T.sblock_alloc_buffer((C // G, D), "float32")
         q_key = T.sblock_alloc_buffer((M, C // G, D), "float32")
+        word = T.sblock_alloc_buffer((D // W, C), "uint32")
         dot = T.sblock_alloc_buffer((M, C), "float32")
         for g, d in T.grid(C // G, D):
             with T.sblock("key_zero"):
@@ -53,6 +54,10 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
             with T.sblock("q_key"):
                 vm, vg, vd = T.axis.remap("SSS", [m, g, d])
                 q_key[vm, vg, vd] = q_scaled[vm, vd] * scale[vg, vd]
+        for w, t in T.grid(D // W, C):
+            with T.sblock("key_word"):
+                vw, vt = T.axis.remap("SS", [w, t])
+                word[vw, vt] = k_code[page[vt // P], head, vw, vt % P]
         for m, t, w, i in T.grid(M, C, D // W, W):
             with T.sblock("dot"):
                 vm, vt, vw, vs = T.axis.remap("SSRR", [m, t, w, i])
@@ -60,8 +65,7 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
                     dot[vm, vt] = T.float32(0)
                 dot[vm, vt] += q_key[vm, vt // G, order.element(vw, vs)] * T.Cast(
                     "float32",
-                    k_code[page[vt // P], head, vw, vt % P]
-                    & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
+                    word[vw, vt] & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
                 )
         for m, t in T.grid(M, C):
             with T.sblock("score"):
@@ -75,9 +79,9 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
     return scores
 
 
-def output_blocks(key: KernelKey, C: int, unpack: str):
+def output_blocks(key: KernelKey, M: int, C: int, unpack: str):
     """`chunk_acc_d = sum_t (p_t s_t) code_t + p_t z_t` over the first `left` of `C` tokens."""
-    M, D, P, G = key.rows, key.head_dim, key.page_size, key.value_group_size
+    D, P, G = key.head_dim, key.page_size, key.value_group_size
     del unpack
     W, order = key.value_codes_per_word, value_order(key)
     mask = order.code_mask
@@ -88,6 +92,7 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
         p_zero = T.sblock_alloc_buffer((M, D // G), "float32")
         scale = T.sblock_alloc_buffer((D // G, C), "float32")
         p_fold = T.sblock_alloc_buffer((M, D // G, C), "float32")
+        word = T.sblock_alloc_buffer((C // W, D), "uint32")
         out = T.sblock_alloc_buffer((M, D), "float32")
         for g, t in T.grid(D // G, C):
             with T.sblock("value_zero"):
@@ -116,6 +121,10 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
             with T.sblock("p_fold"):
                 vm, vg, vt = T.axis.remap("SSS", [m, g, t])
                 p_fold[vm, vg, vt] = prob[vm, vt] * scale[vg, vt]
+        for w, d in T.grid(C // W, D):
+            with T.sblock("value_word"):
+                vw, vd = T.axis.remap("SS", [w, d])
+                word[vw, vd] = v_code[page[vw // (P // W)], head, vw % (P // W), vd]
         for m, d, w, i in T.grid(M, D, C // W, W):
             with T.sblock("out"):
                 vm, vd, vw, vs = T.axis.remap("SSRR", [m, d, w, i])
@@ -123,8 +132,7 @@ def output_blocks(key: KernelKey, C: int, unpack: str):
                     out[vm, vd] = T.float32(0)
                 out[vm, vd] += p_fold[vm, vd // G, order.element(vw, vs)] * T.Cast(
                     "float32",
-                    v_code[page[vw // (P // W)], head, vw % (P // W), vd]
-                    & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
+                    word[vw, vd] & (T.uint32(mask) << T.Cast("uint32", order.shift(vs))),
                 )
         for m, d in T.grid(M, D):
             with T.sblock("chunk_acc"):

@@ -173,9 +173,9 @@ def _base_blocks(name: str, M: int, groups: int, count: int, N: int, middle: flo
     return bases
 
 
-def score_blocks(key: KernelKey, C: int, unpack: str):
+def score_blocks(key: KernelKey, M: int, C: int, unpack: str):
     """`score = sum_d q_d (s_d code_d + z_d)` of the first `left` of `C` tokens, else lowest."""
-    M, D, P, G, N = key.rows, key.head_dim, key.page_size, key.key_group_size, planes(key)
+    D, P, G, N = key.head_dim, key.page_size, key.key_group_size, planes(key)
     codes = _codes(key_order(key), unpack)
     W, S, Q = key.key_codes_per_word, codes.places, D // 4
     units = _unit_blocks("q", 1, M, N)
@@ -270,9 +270,9 @@ def score_blocks(key: KernelKey, C: int, unpack: str):
     return scores
 
 
-def output_blocks(key: KernelKey, C: int, unpack: str):
+def output_blocks(key: KernelKey, M: int, C: int, unpack: str):
     """`chunk_acc_d = sum_t p_t (s_t code_t + z_t)` over the first `left` of `C` tokens."""
-    M, D, P, G, N = key.rows, key.head_dim, key.page_size, key.value_group_size, planes(key)
+    D, P, G, N = key.head_dim, key.page_size, key.value_group_size, planes(key)
     codes = _codes(value_order(key), unpack)
     W, S, Q = key.value_codes_per_word, codes.places, C // 4
     units = _unit_blocks("p", M, D // G, N)

@@ -12,11 +12,50 @@ parts schedulable.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from tvm.script import tirx as T
 
+from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.exp2 import exp2
 
 LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """The `total` query rows of a KV head as `count` tiles of `rows`, each with work of its own.
+
+    A loop over (KV head, tile) has the extent `H_kv * count`. The last tile ends with the last row:
+    where it overlaps the one before, both compute the same.
+    """
+
+    total: int
+    rows: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.total // self.rows)
+
+    def head(self, item: Any) -> Any:
+        """The KV head of a loop's item."""
+        return item // self.count
+
+    def first(self, item: Any) -> Any:
+        """The first row of an item's tile within its KV head."""
+        if self.count == 1:
+            return 0
+        return T.min(item % self.count * self.rows, self.total - self.rows)
+
+    def start(self, item: Any) -> Any:
+        """The first row of an item's tile among all query rows."""
+        return self.head(item) * self.total + self.first(item)
+
+
+def row_tiles(key: KernelKey, rows: int | None) -> RowTiles:
+    """Tiles of at most `rows` query rows; None: one tile of all."""
+    return RowTiles(key.rows, min(rows or key.rows, key.rows))
 
 
 def start_blocks(M: int, D: int):

@@ -89,6 +89,8 @@ def in_float(sch: Schedule, hardware: Hardware) -> tuple[list[LoopRV], list[Loop
     Codes are unpacked in registers, once for all rows of a tile.
     """
     lanes, tile = hardware.float32_lanes, tile_of(hardware)
+    for name in ("key_word", "value_word"):
+        sch.compute_inline(sch.get_sblock(name))
     loops = [
         contract_in_registers(sch, sch.get_sblock(name), sch.get_sblock(result), (4, 2), lanes)
         for name, result in (("dot", "score"), ("out", "chunk_acc"))

@@ -1,0 +1,1 @@
+"""Schedules for work-groups of threads."""

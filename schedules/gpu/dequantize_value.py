@@ -1,0 +1,13 @@
+"""`dequantize_value` in threads: a channel per thread."""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+
+from kivi_tvm.schedules.threads import over_tokens
+from kivi_tvm.targets import Hardware
+
+
+def dequantize_value(sch: Schedule, hardware: Hardware) -> None:
+    """Schedule `dequantize_value` for work-groups."""
+    over_tokens(sch, sch.get_sblock("dequantize"), hardware)
