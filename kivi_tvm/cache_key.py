@@ -20,6 +20,7 @@ CODE_SOURCES = (
     "target_names.py",
     "compile.py",
     "lowering.py",
+    "cuda.py",
     "launch.cc",
     "database.py",
     "ops",

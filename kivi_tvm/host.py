@@ -19,6 +19,7 @@ from kivi_tvm.errors import UserError
 
 RUNTIME_LIBRARY_ENV = "KIVI_TVM_RUNTIME_LIBRARY"
 RUNTIME_LIBRARY = "libtvm_runtime.dylib" if sys.platform == "darwin" else "libtvm_runtime.so"
+CUDA_RUNTIME_LIBRARY = "libtvm_runtime_cuda.so"  # beside the other
 COMPILERS = ("g++", "clang++", "c++")
 LAUNCHERS = ("ccache", "sccache", "distcc")
 

@@ -7,12 +7,16 @@ call of a kernel allocates. On the stack LLVM sees whole lifetimes, and what fit
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm.ir import IRModule
 from tvm.ir.transform import PassContext, Sequential, module_pass
+from tvm.support import nvcc
 from tvm.target import Target
 from tvm.tirx import (
     AllocBuffer,
@@ -29,14 +33,41 @@ from tvm.tirx import (
 )
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
+from kivi_tvm.cuda import find_compiler, find_nvcc
+
 NAME = "kivi_tvm"
+EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
 LINE_BYTES = 64
 MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
 
 
 def compile_module(module: IRModule, target: Target) -> Any:
     """The executable of scheduled functions; use this for every kernel."""
+    if target.kind.name == "cuda":
+        use_exact_arithmetic()
     return tvm.compile(module, target=target, tir_pipeline=_registered())
+
+
+@cache
+def use_exact_arithmetic() -> None:
+    """Make TVM compile CUDA sources without `--use_fast_math`.
+
+    With it divisions are approximate and denormal numbers 0: codes, scales and zeros would not be
+    the reference's.
+    """
+    os.environ["TVM_CUDA_NVCC_NO_FAST_MATH"] = "1"
+    if path := find_nvcc():
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(path).parent)])
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_cuda, override=True)
+
+
+def _compile_cuda(source: str) -> bytes:
+    architecture = str(Target.current().attrs["arch"])
+    if find_compiler() == "nvcc":
+        code = architecture.removeprefix("sm_")
+        gencode = ["-gencode", f"arch=compute_{code},code={architecture}"]
+        return bytes(nvcc.compile_cuda(source, "fatbin", gencode, compiler="nvcc"))
+    return bytes(nvcc.compile_cuda(source, "cubin", architecture, EXACT, compiler="nvrtc"))
 
 
 @cache

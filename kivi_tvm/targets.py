@@ -10,7 +10,7 @@ from typing import Any
 from tvm import get_global_func
 from tvm.target import Target, codegen, list_tags
 
-from kivi_tvm import target_names
+from kivi_tvm import cuda, target_names
 from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
@@ -25,6 +25,7 @@ BYTE_DOTS = (
 )
 
 GPU_KINDS = ("cuda", "opencl")
+NO_ARCHITECTURE = "sm_50"  # what TVM takes where none is named and no GPU found
 WARP = 32
 SHARED_BYTES = 48 * 1024  # that every CUDA device gives without being asked
 
@@ -52,7 +53,8 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
     Parameters
     ----------
     target : str, mapping or Target
-        "native" (this machine's CPU), a TVM target kind, tag or JSON, or its fields.
+        "native" (this machine's CPU), a TVM target kind, tag or JSON, or its fields; "cuda" is the
+        GPU of this machine, or one that `arch` names.
 
     Raises
     ------
@@ -68,6 +70,8 @@ def resolve(target: str | Mapping[str, Any] | Target) -> Target:
             f"`target` must be one that TVM can generate code for here, got kind {kind!r}"
         )
     _check_kind(kind)
+    if kind == "cuda":
+        return _for_cuda(found)
     native = _native()
     if _machine(found) != _machine(native):
         raise UserError(
@@ -89,7 +93,8 @@ def check_schedulable(target: Target) -> None:
         There are no schedules for its kind, or LLVM does not know its processor.
     """
     _check_kind(target.kind.name)
-    _check_cpu(str(target.attrs["mcpu"]), target)
+    if target.kind.name == "llvm":
+        _check_cpu(str(target.attrs["mcpu"]), target)
 
 
 def identity(target: Target) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def as_dict(target: Target) -> dict[str, Any]:
 
 def required_cpu_flags(target: Target) -> tuple[str, ...]:
     """Flags of /proc/cpuinfo without which code for the target may fault."""
-    return cpu_requirements(codegen.llvm_get_cpu_features(target))
+    return cpu_requirements(codegen.llvm_get_cpu_features(target.host or target))
 
 
 def hardware(target: Target) -> Hardware:
@@ -189,11 +194,34 @@ def _with_cpu_of(native: Target, found: Target) -> Target:
 
 
 def _check_kind(kind: str) -> None:
-    if kind != "llvm":
+    if kind not in ("llvm", "cuda"):
         raise UserError(
-            f"`target` must be of kind 'llvm' or 'native', got kind {kind!r}, "
-            "for which there are no schedules yet"
+            f"`target` must be 'native' or of kind 'llvm' or 'cuda', got kind {kind!r}, "
+            "which the runtime cannot launch kernels on"
         )
+
+
+def _for_cuda(found: Target) -> Target:
+    """The target with this machine as its host, once it is known that it can be compiled for."""
+    known = cuda.known_architectures()
+    if not known:
+        raise UserError(f"`target` of kind 'cuda' {cuda.NEEDS_COMPILER}")
+    fields = as_dict(found)
+    name = str(fields["arch"])
+    if name == NO_ARCHITECTURE:
+        raise UserError(
+            "`target` of kind 'cuda' must name an architecture where there is no GPU, such as "
+            "{'kind': 'cuda', 'arch': 'sm_90'} or a tag such as 'nvidia/nvidia-h100'"
+        )
+    if cuda.base_architecture(name) not in known:
+        close = target_names.nearest(name, known)
+        hint = f"; nearest: {', '.join(close)}" if close else ""
+        raise UserError(
+            f"`arch` must be one that {cuda.find_compiler()} knows ({', '.join(known)}), "
+            f"got {name!r}{hint}"
+        )
+    fields.pop("tag", None)
+    return Target({**fields, "host": as_dict(_native())})
 
 
 def _check_cpu(name: str, native: Target) -> None:

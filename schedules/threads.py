@@ -98,7 +98,7 @@ def over_spatial(sch: Schedule, block: SBlockRV, group: WorkGroup) -> None:
 
 
 def over_tokens(sch: Schedule, block: SBlockRV, hardware: Hardware) -> None:
-    """Give every iteration of all loops but the last, over channels, to a work-group of a kernel."""
+    """Give all loops of a kernel but the last, over channels, to work-groups."""
     *token, channel = sch.get_loops(block)
     bind_threads(sch, channel, work_group(sch, hardware))
     sch.bind(sch.fuse(*token), "blockIdx.x")

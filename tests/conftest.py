@@ -27,7 +27,7 @@ def pytest_addoption(parser):
         "--kernels",
         choices=["cpu", "opencl", "cuda"],
         default="cpu",
-        help="what tests/ops runs: compiled for this CPU, or GPU schedules on PoCL or a CUDA device",
+        help="what tests/ops runs: kernels for this CPU, or GPU schedules on PoCL or a CUDA device",
     )
 
 

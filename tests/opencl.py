@@ -15,8 +15,8 @@ import tvm
 import tvm_ffi
 from tvm.target import Target
 from tvm.tirx import FloatImm, For, IntImm, Var
-from tvm.tirx.op import reinterpret
 from tvm.tirx.build import split_host_device_mods
+from tvm.tirx.op import reinterpret
 
 from kivi_tvm.compile import scheduled_function
 

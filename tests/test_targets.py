@@ -5,8 +5,10 @@ from tvm.target import Target
 
 from kivi_tvm import target_names, targets
 from kivi_tvm.compile import schedule_hash, scheduled_function
+from kivi_tvm.config import KiviConfig
 from kivi_tvm.errors import UserError
 
+CFG = KiviConfig(head_dim=128, num_heads=32, num_kv_heads=8)
 ZNVER4 = {"kind": "llvm", "mtriple": "x86_64-conda-linux-gnu", "mcpu": "znver4"}
 
 
@@ -111,7 +113,7 @@ def test_an_identity_that_is_no_target(fields):
         (None, ["got None"]),
         ({"kind": "llvm", "mcpu": "znver44"}, ["`mcpu`", "'znver44'", "nearest: znver4"]),
         ("vulkan", ["TVM can generate code for here", "'vulkan'"]),
-        ("cuda", ["'llvm' or 'native'", "'cuda'", "no schedules yet"]),
+        ("opencl", ["'native' or of kind 'llvm' or 'cuda'", "'opencl'"]),
     ],
     ids=str,
 )
@@ -121,3 +123,32 @@ def test_targets_that_are_refused(target, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "known", "words"),
+    [
+        ({"kind": "cuda", "arch": "sm_90"}, (), ["needs a CUDA compiler", "nvcc", "cuda-bindings"]),
+        ({"kind": "cuda", "arch": "sm_50"}, ("sm_80",), ["must name an architecture", "'sm_90'"]),
+        ({"kind": "cuda", "arch": "sm_91"}, ("sm_80", "sm_90"), ["`arch`", "'sm_91'", "sm_90"]),
+        ("nvidia/nvidia-h100", ("sm_80",), ["`arch`", "'sm_90a'", "knows (sm_80)"]),
+    ],
+    ids=str,
+)
+def test_cuda_targets_that_are_refused(target, known, words, monkeypatch):
+    monkeypatch.setattr(targets.cuda, "known_architectures", lambda: known)
+    with pytest.raises(UserError) as error:
+        targets.resolve(target)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_cuda_targets_have_this_machine_as_host(monkeypatch):
+    monkeypatch.setattr(targets.cuda, "known_architectures", lambda: ("sm_90",))
+    found = targets.resolve("nvidia/nvidia-h100")
+    native = targets.resolve("native")
+    assert targets.slug(found) == "cuda-sm_90a"
+    assert targets.as_dict(found.host) == targets.as_dict(native)
+    assert targets.required_cpu_flags(found) == targets.required_cpu_flags(native)
+    assert targets.hardware(found).model == "gpu"
+    assert targets.kernel_key(CFG, found).compute == "float"

@@ -13,7 +13,12 @@ from typing import Any
 import tvm_ffi
 
 from kivi_tvm.errors import UserError
-from kivi_tvm.host import RUNTIME_LIBRARY, available_processors, find_runtime_library
+from kivi_tvm.host import (
+    CUDA_RUNTIME_LIBRARY,
+    RUNTIME_LIBRARY,
+    available_processors,
+    find_runtime_library,
+)
 
 Kernel = Callable[..., Any]
 # In the order of `kivi_tvm_use_openmp`.
@@ -59,13 +64,15 @@ class Library:
         return function
 
 
-def open_library(path: Path) -> Library:
+def open_library(path: Path, kind: str = "llvm") -> Library:
     """Open a compiled library with tvm-ffi and TVM's runtime alone, without the compiler.
 
     Parameters
     ----------
     path : Path
         A library that `read_artifact` has checked: an unchecked one may end the process.
+    kind : str
+        Of the target it was compiled for: "llvm" or "cuda".
 
     Raises
     ------
@@ -75,13 +82,15 @@ def open_library(path: Path) -> Library:
         TVM's runtime library is not installed.
     """
     load_runtime()
+    if kind == "cuda":
+        load_cuda_runtime()
     # dlopen searches its own path for a name without a slash.
     path = Path(path).absolute()
     try:
         module = tvm_ffi.load_module(path)
     except RuntimeError as error:
         raise LibraryError(f"cannot open {path}: {error}") from error
-    return Library(module, str(path), run_on_torch_threads(path))
+    return Library(module, str(path), kind == "llvm" and run_on_torch_threads(path))
 
 
 def run_on_torch_threads(path: Path) -> bool:
@@ -138,6 +147,27 @@ def load_runtime() -> None:
             ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL)
         except OSError as error:
             raise LibraryError(f"cannot open TVM's runtime library: {error}") from error
+
+
+@cache
+def load_cuda_runtime() -> None:
+    """Make TVM's CUDA runtime known to the libraries that are opened next.
+
+    Raises
+    ------
+    LibraryError
+        It cannot be opened: there is no NVIDIA driver, or no CUDA runtime of its version.
+    """
+    import torch  # brings a CUDA runtime, which is taken if it is of the version that TVM needs
+
+    path = find_runtime_library().with_name(CUDA_RUNTIME_LIBRARY)
+    try:
+        ctypes.CDLL(str(path), mode=os.RTLD_GLOBAL)
+    except OSError as error:
+        raise LibraryError(
+            f"cannot open TVM's CUDA runtime: {error}; it needs an NVIDIA driver, and the CUDA "
+            f"runtime library that it names (torch here is built for CUDA {torch.version.cuda})"
+        ) from error
 
 
 def set_thread_defaults() -> None:

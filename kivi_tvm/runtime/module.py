@@ -74,7 +74,9 @@ class Module:
 
     @property
     def threads(self) -> str:
-        """Whose threads the kernels run on: "torch", or "tvm" if these are a pool of their own."""
+        """What kernels run on: threads of "torch", or "tvm" for a pool of their own; "cuda"."""
+        if self._manifest.target["kind"] == "cuda":
+            return "cuda"
         return "torch" if self.library.on_torch_threads else "tvm"
 
     def save(self, path: str | Path) -> None:
@@ -121,7 +123,7 @@ class Module:
             Tokens per sequence beyond which a step raises; None: limited by memory alone.
             Memory grows with what is stored; `Cache.reserve` takes it at once.
         device : str or torch.device
-            "cpu".
+            "cpu", or a "cuda" device for kernels that were built for CUDA.
         rollback : int
             Tokens `E` that `Cache.crop` takes back exactly, even across a flush. Costs `E` slots in
             every ring, and with `window="kivi"` a second ring of keys.
@@ -160,7 +162,7 @@ class Module:
             Tokens that can be taken back, more or fewer than in the saved cache; default as there.
             Those that were not held in full precision stay so.
         device : str or torch.device
-            "cpu".
+            As in `new_cache`.
 
         Raises
         ------
@@ -186,7 +188,8 @@ def build(cfg: KiviConfig, target: str | Mapping[str, Any] | Target = "native") 
     ----------
     cfg : KiviConfig
     target : str, mapping or Target
-        "native" (this machine's CPU), or an LLVM target of this architecture as TVM takes it.
+        "native" (this machine's CPU), an LLVM target of this architecture as TVM takes it, or
+        "cuda", which takes an `arch` where there is no GPU.
 
     Raises
     ------
@@ -225,7 +228,7 @@ def build_with(cfg: KiviConfig, target: Target, found: Found) -> Module:
     except CacheUnavailable as error:
         return _in_process(cfg, target, found, str(error))
     source = "cache" if entry.hit else "compiled"
-    return Module(cfg, open_library(entry.path), entry.manifest, source)
+    return Module(cfg, open_library(entry.path, target.kind.name), entry.manifest, source)
 
 
 def load(path: str | Path) -> Module:
@@ -242,7 +245,8 @@ def load(path: str | Path) -> Module:
     library, manifest = read_artifact(Path(path))
     if manifest.config is None:
         raise ArtifactError(f"cannot load {library}: its manifest names no configuration")
-    return Module(KiviConfig(**manifest.config), open_library(library), manifest, "file")
+    opened = open_library(library, str(manifest.target["kind"]))
+    return Module(KiviConfig(**manifest.config), opened, manifest, "file")
 
 
 def _copy(origin: Path, to: Path) -> None:

@@ -12,6 +12,7 @@ import tvm_ffi
 
 from kivi_tvm import layout
 from kivi_tvm.runtime.checks import outside_inference_mode
+from kivi_tvm.runtime.devices import device_of
 from kivi_tvm.runtime.layer import CacheLayer
 from kivi_tvm.runtime.options import CacheOptions
 from kivi_tvm.runtime.pages import Ownership, PageTable
@@ -35,7 +36,7 @@ class CachePool:
         cfg = module.cfg
         self.module, self.cfg, self.kernels = module, cfg, module.library
         self.max_tokens, self.window = options.max_tokens, options.window
-        self.device = torch.device(options.device)
+        self.device = device_of(module.manifest["target"], options.device)
         self.dtype: torch.dtype = getattr(torch, cfg.dtype)
         self.write_back = int(options.window == "kivi")
         self.rows = Rows(
@@ -138,8 +139,14 @@ class CachePool:
         """Convert what every decode step hands to kernels once."""
         held = self.rows
         state, slots, one = map(tvm_ffi.from_dlpack, (held.state, held.slots, held.one))
-        self._advance_one = (state, slots, one, self.cfg.R)
         self._quiet_tensors = (one, slots)
+        # Kernels run on the stream that torch has for one of their tensors, if they get any.
+        ours = (
+            (held.state, held.slots, held.one)
+            if self.device.type == "cuda"
+            else (state, slots, one)
+        )
+        self._advance_one = (*ours, self.cfg.R)
 
     def _unbind(self) -> None:
         """Note that buffers are about to be replaced: the next step must not begin quietly."""

@@ -40,6 +40,12 @@ def work_list(packed: list[int], split: int, heads: int, threads: int) -> Tensor
     return torch.tensor(best, dtype=torch.int32).reshape(-1, 2)
 
 
+@outside_inference_mode
+def every_split(rows: int, splits: int, device: torch.device) -> Tensor:
+    """Work items `int32 [rows * splits, 2]` of every (row, split)."""
+    return torch.cartesian_prod(*map(torch.arange, (rows, splits))).int().to(device)
+
+
 def _dealt(cost: dict[Item, int], parts: int) -> list[Item]:
     """Items in `parts` runs of equal count and nearly equal cost, short runs padded."""
     runs: list[list[Item]] = [[] for _ in range(parts)]

@@ -8,7 +8,7 @@ import tvm_ffi
 from kivi_tvm import layout
 from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.runtime.checks import outside_inference_mode
-from kivi_tvm.runtime.work import work_list
+from kivi_tvm.runtime.work import every_split, work_list
 
 
 class Workspace:
@@ -41,6 +41,9 @@ class Workspace:
         self._queries = cfg.H * key.rows_per_query
         self.rows = key.rows_per_query
         self.split, self.tail = key.split_tokens, tail
+        # On a GPU every split that there is room for is work, so that launches do not change from
+        # step to step; those beyond a row's tokens end at once.
+        self._listed = device.type == "cpu"
         self._planned: tuple[int, ...] = ()
         self._items = torch.empty(0, 2, dtype=torch.int32)
         self.work: object | None = None
@@ -50,12 +53,19 @@ class Workspace:
     def nbytes(self) -> int:
         return self._acc.nbytes + self._stat.nbytes + self._items.nbytes
 
+    @property
+    def capacity(self) -> int:
+        """Splits of a row that there is room for."""
+        return self._acc.shape[2] - self.tail
+
     def fit(self, lengths: list[int], threads: int) -> None:
         """Prepare for rows of these lengths and kernels on so many threads."""
         packed = [layout.packed_values(self._cfg, length) for length in lengths]
         splits = [-(-tokens // self.split) for tokens in packed]
-        if max(splits) + self.tail > self._acc.shape[2]:
-            self._allocate(max(splits))
+        if (most := max(splits)) > self.capacity:
+            self._allocate(most if self._listed else 2 * most)
+        if not self._listed:
+            return
         plan = (threads, *splits)
         if plan != self._planned:
             self._items = work_list(packed, self.split, self._cfg.H_kv, threads)
@@ -63,8 +73,10 @@ class Workspace:
             self._planned = plan
 
     def steps_until_new_splits(self, lengths: list[int]) -> int:
-        """Tokens that every row can take before its number of splits changes."""
+        """Tokens that every row can take before the work list changes."""
         R, split = self._cfg.R, self.split
+        if not self._listed:
+            return min((R + self.capacity * split - length for length in lengths), default=0)
         packed = (layout.packed_values(self._cfg, length) for length in lengths)
         rows = zip(packed, lengths, strict=True)
         steps = (-tokens % split if tokens else R - length for tokens, length in rows)
@@ -78,3 +90,6 @@ class Workspace:
         # All at once: kernels write as many results as `_acc` has room for.
         parts = (tvm_ffi.from_dlpack(acc), tvm_ffi.from_dlpack(stat))
         self._acc, self._stat, self.parts = acc, stat, parts
+        if not self._listed:
+            self._items = every_split(self._batch_size, splits, self._device)
+            self.work = tvm_ffi.from_dlpack(self._items) if splits else None

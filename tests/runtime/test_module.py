@@ -146,8 +146,7 @@ def test_not_a_configuration(cfg):
     [
         ("toaster", ["`target`", "TVM", "'toaster'"]),
         ({"kind": "toaster"}, ["`target`", "TVM", "toaster"]),
-        ("cuda", ["`target`", "'llvm' or 'native'", "'cuda'"]),
-        ("nvidia/nvidia-h100", ["`target`", "'llvm' or 'native'", "'cuda'"]),
+        ("opencl", ["`target`", "of kind 'llvm' or 'cuda'", "'opencl'"]),
         (
             {"kind": "llvm", "mtriple": "riscv64-unknown-linux-gnu"},
             ["`target`", "this machine's architecture", "riscv64"],

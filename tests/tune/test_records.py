@@ -41,7 +41,7 @@ def test_stale(root):
 
 @pytest.mark.parametrize(
     "target",
-    [{"kind": "toaster"}, {"kind": "cuda", "arch": "sm_90a"}, {**TARGET, "mcpu": "znver99"}],
+    [{"kind": "toaster"}, {"kind": "opencl"}, {**TARGET, "mcpu": "znver99"}],
     ids=lambda target: target.get("mcpu", target["kind"]),
 )
 def test_what_cannot_be_checked_here_is_kept(tmp_path, good, target):

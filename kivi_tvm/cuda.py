@@ -1,0 +1,69 @@
+"""The CUDA compiler, and where its code runs: without TVM, torch or a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+NEEDS_COMPILER = (
+    "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
+    "or NVRTC (`pip install cuda-bindings`)"
+)
+
+
+def find_nvcc() -> str | None:
+    """The path of nvcc: on the PATH, or below CUDA_HOME or CUDA_PATH."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [str(Path(home) / "bin") for home in homes if home]
+    search = os.pathsep.join([os.environ.get("PATH", ""), *folders])
+    return shutil.which("nvcc", path=search)
+
+
+def find_compiler() -> str | None:
+    """The compiler that is used, "nvcc" or else "nvrtc"; None if there is none."""
+    if find_nvcc():
+        return "nvcc"
+    try:
+        found = importlib.util.find_spec("cuda.bindings.nvrtc")
+    except ModuleNotFoundError:
+        return None
+    return "nvrtc" if found else None
+
+
+@cache
+def known_architectures() -> tuple[str, ...]:
+    """Architectures that the compiler generates code for, such as "sm_90"; () if there is none."""
+    compiler = find_compiler()
+    if compiler == "nvcc":
+        command = [find_nvcc() or "nvcc", "--list-gpu-code"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return tuple(done.stdout.split())
+    if compiler == "nvrtc":
+        from cuda.bindings import nvrtc
+
+        _, numbers = nvrtc.nvrtcGetSupportedArchs()
+        return tuple(f"sm_{number}" for number in numbers)
+    return ()
+
+
+def base_architecture(name: str) -> str:
+    """An architecture without the letter of its specific features: "sm_90" of "sm_90a"."""
+    return re.sub(r"[af]$", "", name)
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Tell whether machine code for an architecture runs on a device of a compute capability.
+
+    It does on the same major version from its minor one on; with specific features, on exactly its
+    own.
+    """
+    number = int(base_architecture(architecture).removeprefix("sm_"))
+    major, minor = divmod(number, 10)
+    if base_architecture(architecture) != architecture:
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor

@@ -1,0 +1,135 @@
+"""The cache on a CUDA device: against the float64 reference, in batches, on streams, in graphs."""
+
+import math
+
+import pytest
+import torch
+from configurations import CONFIGS, FEW, config_id
+from inputs import draw
+from pools import assert_same_bits
+from tolerance import assert_close
+
+from kivi_tvm import build
+from kivi_tvm.reference import ReferenceCache
+
+pytestmark = pytest.mark.cuda
+
+
+def cuda_cache(cfg, batch_size, **options):
+    return build(cfg, "cuda").new_cache(batch_size=batch_size, device="cuda", **options)
+
+
+def largest_score(reference, q, scale):
+    """max |scaled score| of a step, by which float32 tolerances grow."""
+    worst = 0.0
+    for row, cached in enumerate(reference.rows):
+        k, _ = cached.visible()
+        score = q[row].float().unflatten(0, (k.shape[0], -1)) @ k.mT * scale
+        worst = max(worst, score.abs().max().item())
+    return worst
+
+
+def prefilled(cfg, lengths, steps):
+    inputs = draw(cfg, max(lengths), lengths, steps=steps)
+    cache = cuda_cache(cfg, len(lengths))
+    cache.prefill(inputs.k.cuda(), inputs.v.cuda(), lengths)
+    return cache, inputs
+
+
+def decoded(cache, inputs, i, row=slice(None)):
+    step = (inputs.q[i, row], inputs.k_new[i, row], inputs.v_new[i, row])
+    return cache.decode(*(x.cuda() for x in step), return_lse=True)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+def test_decode(cfg):
+    lengths, steps = [cfg.R - 2, 0, cfg.R, 2 * cfg.R - 1, 1500], 3
+    cache, inputs = prefilled(cfg, lengths, steps)
+    reference = ReferenceCache(cfg, len(lengths))
+    reference.prefill(inputs.k, inputs.v, lengths)
+    for i in range(steps):
+        out, lse = decoded(cache, inputs, i)
+        reference.append(inputs.k_new[i], inputs.v_new[i])
+        want, want_lse = reference.attend(inputs.q[i])
+        worst = largest_score(reference, inputs.q[i], cfg.D**-0.5)
+        for row in range(len(lengths)):
+            what = f"step {i} row {row}"
+            assert_close(out[row].cpu(), want[row], max_score=worst, what=what)
+            assert_close(lse[row].cpu(), want_lse[row], what=f"{what} lse", bound=1e-4)
+    dense = [x.cpu() for x in cache.dequantize()]
+    for row, cached in enumerate(reference.rows):
+        for found, want in zip(dense, cached.visible(), strict=True):
+            assert_same_bits(found[row, :, : want.shape[1]], want.to(found.dtype), f"row {row}")
+
+
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_extend(cfg):
+    lengths, n = [700, 3, cfg.R], 21
+    cache, inputs = prefilled(cfg, lengths, n)
+    reference = ReferenceCache(cfg, len(lengths))
+    reference.prefill(inputs.k, inputs.v, lengths)
+    # [n, B, heads, D] -> [B, heads, n, D]
+    q, k, v = (x.movedim(0, 2).contiguous() for x in (inputs.q, inputs.k_new, inputs.v_new))
+    out = cache.extend(q.cuda(), k.cuda(), v.cuda())
+    want = reference.extend(q, k, v)
+    for row in range(len(lengths)):
+        assert_close(out[row].cpu(), want[row], max_score=100.0, what=f"row {row}")
+
+
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_a_row_alone_gives_the_bits_of_a_batch(cfg):
+    lengths = [2500, 17, cfg.R, 1100]
+    cache, inputs = prefilled(cfg, lengths, 2)
+    together = [decoded(cache, inputs, i) for i in range(2)]
+    for row, length in enumerate(lengths):
+        alone = cuda_cache(cfg, 1)
+        part = slice(row, row + 1)
+        alone.prefill(inputs.k[part, :, :length].cuda(), inputs.v[part, :, :length].cuda())
+        for i in range(2):
+            found = decoded(alone, inputs, i, part)
+            for one, all_rows in zip(found, together[i], strict=True):
+                assert_same_bits(one[0].cpu(), all_rows[row].cpu(), f"row {row} step {i}")
+
+
+def test_on_a_stream_of_its_own():
+    cfg = FEW[0]
+    cache, inputs = prefilled(cfg, [900], 3)
+    want = [decoded(cache, inputs, i) for i in range(3)]
+    other, _ = prefilled(cfg, [900], 3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        found = [decoded(other, inputs, i) for i in range(3)]
+    stream.synchronize()
+    for one, two in zip(found, want, strict=True):
+        assert_same_bits(one[0].cpu(), two[0].cpu())
+
+
+def test_decode_step_in_a_graph():
+    """A step without host work is captured as it is, and replayed where it left off."""
+    cfg = FEW[0]
+    length = 10 * cfg.R + 2
+    cache, inputs = prefilled(cfg, [length, length - 1], 3)
+    want = [decoded(cache, inputs, i)[0] for i in range(3)]
+    cache, _ = prefilled(cfg, [length, length - 1], 3)
+    decoded(cache, inputs, 0)
+    static = [x.cuda() for x in (inputs.q[1], inputs.k_new[1], inputs.v_new[1])]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cache.decode(*static)
+    for i in (1, 2):
+        for held, new in zip(static, (inputs.q, inputs.k_new, inputs.v_new), strict=True):
+            held.copy_(new[i])
+        graph.replay()
+        assert_same_bits(out.cpu(), want[i].cpu(), f"step {i}")
+
+
+def test_a_finished_row_is_left_alone():
+    cfg = FEW[0]
+    cache, inputs = prefilled(cfg, [500, 600], 2)
+    cache.free(1)
+    out, lse = decoded(cache, inputs, 0)
+    assert not out[1].any()
+    assert (lse[1] == -math.inf).all()
