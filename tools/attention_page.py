@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DATA, PAGE = DOCS / "attention.jsonl", DOCS / "attention.md"
@@ -44,22 +45,25 @@ python3 tools/attention_page.py
 ```
 
 from {count} measurements on {device}, {threads} threads unless said, commits {commits};
-{versions}. Errors are relative L2 distances to attention on what each cache holds; `docs/attention.jsonl`
-has them, every peer and every spread.
+{versions}. Errors are relative L2 distances to attention on what each cache holds;
+`docs/attention.jsonl` has them, every peer and every spread.
 """
 
 
-def read() -> list[dict]:
+def read() -> list[dict[str, Any]]:
+    """The measurements of attention, in the order of the file."""
     lines = DATA.read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["op"] == "decode_attention"]
 
 
-def fastest(records: list[dict]) -> dict | None:
+def fastest(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The one with the least median time, of those that passed their check."""
     timed = [record for record in records if record["passed"]]
     return min(timed, key=lambda record: record["median_us"], default=None)
 
 
-def title(record: dict) -> str:
+def title(record: dict[str, Any]) -> str:
+    """What was attended to."""
     bits = record["key_bits"]
     lengths = record["lengths"]
     tokens = f"100 ... {max(lengths)} tokens" if lengths else f"{record['tokens']} tokens"
@@ -69,7 +73,10 @@ def title(record: dict) -> str:
     return f"{batch}{tokens}, {heads}, {bits} bits, G={record['group_size']}{threads}"
 
 
-def cell(ours: dict | None, half: dict | None, quantized: dict | None) -> str:
+def cell(
+    ours: dict[str, Any] | None, half: dict[str, Any] | None, quantized: dict[str, Any] | None
+) -> str:
+    """A mode's time, its speed over both kinds of peers, and its share of the floor."""
     if ours is None:
         return ""
     parts = [f"{ours['median_us'] / 1e3:.3g} ms"]
@@ -80,8 +87,14 @@ def cell(ours: dict | None, half: dict | None, quantized: dict | None) -> str:
     return " / ".join([*parts, f"{100 * ours['floor_us'] / ours['median_us']:.0f}%"])
 
 
-def rows(records: list[dict]) -> list[list[str]]:
-    groups: dict[tuple, list[dict]] = {}
+def peer(record: dict[str, Any] | None) -> str:
+    """A peer and its time."""
+    return f"{record['provider']} {record['median_us'] / 1e3:.3g} ms" if record else "-"
+
+
+def rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of every workload and state."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((title(record), record["state"]), []).append(record)
     found = []
@@ -96,12 +109,12 @@ def rows(records: list[dict]) -> list[list[str]]:
             cell(fastest([r for r in ours if r["compute"] == mode]), half, quantized)
             for mode in MODES
         ]
-        peers = [f"{p['provider']} {p['median_us'] / 1e3:.3g} ms" if p else "-" for p in (half, quantized)]
-        found.append([name, state, auto["compute"], *peers, *cells])
+        found.append([name, state, auto["compute"], peer(half), peer(quantized), *cells])
     return found
 
 
 def page() -> str:
+    """The whole page."""
     records = read()
     table = [[name for name, _ in COLUMNS], [side for _, side in COLUMNS], *rows(records)]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]

@@ -61,7 +61,7 @@ def attend(sch: Schedule, hardware: Hardware) -> None:
         ("dot", "key_word", "score"),
         ("out", "value_word", "chunk_acc"),
     ):
-        blocks = map(sch.get_sblock, (name, words, consumer))
-        contract_by_threads(sch, *blocks, group)
+        block, load, result = map(sch.get_sblock, (name, words, consumer))
+        contract_by_threads(sch, block, load, result, group)
     share(sch)
     over_groups(sch, sch.get_sblock("split"))
