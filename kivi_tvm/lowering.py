@@ -45,7 +45,8 @@ def compile_module(module: IRModule, target: Target) -> Any:
     """The executable of scheduled functions; use this for every kernel."""
     if target.kind.name == "cuda":
         use_exact_arithmetic()
-    return tvm.compile(module, target=target, tir_pipeline=_registered())
+    with target:  # whose architecture CUDA sources are compiled for
+        return tvm.compile(module, target=target, tir_pipeline=_registered())
 
 
 @cache
