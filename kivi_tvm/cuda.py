@@ -10,6 +10,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+# Work-groups of a multiprocessor that a kernel leaves registers for.
+MIN_BLOCKS = 2
 NEEDS_COMPILER = (
     "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
     "or NVRTC (`pip install cuda-bindings`)"
@@ -49,6 +51,14 @@ def known_architectures() -> tuple[str, ...]:
         _, numbers = nvrtc.nvrtcGetSupportedArchs()
         return tuple(f"sm_{number}" for number in numbers)
     return ()
+
+
+def with_launch_bounds(source: str) -> str:
+    """A CUDA source whose kernels say how many of their work-groups are to fit at once.
+
+    Where only the size of a work-group is known, ptxas may spill registers to fit more of them.
+    """
+    return re.sub(r"__launch_bounds__\((\d+)\)", rf"__launch_bounds__(\1, {MIN_BLOCKS})", source)
 
 
 def base_architecture(name: str) -> str:

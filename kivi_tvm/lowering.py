@@ -33,7 +33,7 @@ from tvm.tirx import (
 )
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
-from kivi_tvm.cuda import find_compiler, find_nvcc
+from kivi_tvm.cuda import find_compiler, find_nvcc, with_launch_bounds
 
 NAME = "kivi_tvm"
 EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
@@ -44,17 +44,17 @@ MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
 def compile_module(module: IRModule, target: Target) -> Any:
     """The executable of scheduled functions; use this for every kernel."""
     if target.kind.name == "cuda":
-        use_exact_arithmetic()
+        configure_cuda()
     with target:  # whose architecture CUDA sources are compiled for
         return tvm.compile(module, target=target, tir_pipeline=_registered())
 
 
 @cache
-def use_exact_arithmetic() -> None:
-    """Make TVM compile CUDA sources without `--use_fast_math`.
+def configure_cuda() -> None:
+    """Make TVM compile CUDA sources as ours need it.
 
-    With it divisions are approximate and denormal numbers 0: codes, scales and zeros would not be
-    the reference's.
+    Without `--use_fast_math`: divisions are approximate with it and denormal numbers 0, so that
+    codes, scales and zeros would not be the reference's. And without spilled registers.
     """
     os.environ["TVM_CUDA_NVCC_NO_FAST_MATH"] = "1"
     if path := find_nvcc():
@@ -63,7 +63,7 @@ def use_exact_arithmetic() -> None:
 
 
 def _compile_cuda(source: str) -> bytes:
-    architecture = str(Target.current().attrs["arch"])
+    architecture, source = str(Target.current().attrs["arch"]), with_launch_bounds(source)
     if find_compiler() == "nvcc":
         code = architecture.removeprefix("sm_")
         gencode = ["-gencode", f"arch=compute_{code},code={architecture}"]

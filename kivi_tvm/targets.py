@@ -11,7 +11,7 @@ from tvm import get_global_func
 from tvm.target import Target, codegen, list_tags
 
 from kivi_tvm import cuda, target_names
-from kivi_tvm.config import KernelKey, KiviConfig
+from kivi_tvm.config import INTEGER_MODES, KernelKey, KiviConfig
 from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
 
@@ -27,6 +27,7 @@ BYTE_DOTS = (
 GPU_KINDS = ("cuda", "opencl")
 NO_ARCHITECTURE = "sm_50"  # what TVM takes where none is named and no GPU found
 WARP = 32
+WITHOUT_BFLOAT16 = ("sm_70", "sm_72", "sm_75")
 SHARED_BYTES = 48 * 1024  # that every CUDA device gives without being asked
 
 
@@ -161,7 +162,22 @@ def hardware(target: Target) -> Hardware:
 
 
 def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:
-    """What a module of `cfg` for `target` depends on, with the mode that "auto" is there."""
+    """What a module of `cfg` for `target` depends on, with the mode that "auto" is there.
+
+    Raises
+    ------
+    UserError
+        The target has no such compute mode or dtype.
+    """
+    if target.kind.name in GPU_KINDS:
+        if cfg.compute in INTEGER_MODES:
+            raise UserError(
+                f"`compute` must be 'auto' or 'float' for GPUs, got {cfg.compute!r}: "
+                "modes of integers are for CPUs"
+            )
+        arch = cuda.base_architecture(str(target.attrs.get("arch", "")))
+        if cfg.dtype == "bfloat16" and arch in WITHOUT_BFLOAT16:
+            raise UserError(f"`dtype` must not be 'bfloat16' for {arch}: CUDA has it from sm_80 on")
     return cfg.kernel_key(byte_dot=hardware(target).byte_dot is not None)
 
 

@@ -113,13 +113,14 @@ def reduce_by_warps(sch: Schedule, block: SBlockRV, group: WorkGroup) -> None:
     """
     result = sch.cache_write(block, 0, "local")
     *rows, reduced = sch.get_loops(block)
-    row = sch.fuse(*rows)
-    if extent_of(sch, row) % group.warps == 0:
-        _, row = sch.split(row, [None, group.warps])
-        sch.bind(row, "threadIdx.y")
+    whole = [i for i, row in enumerate(rows) if extent_of(sch, row) % group.warps == 0]
+    if whole:  # one axis, not all as one: TVM cannot tell what a thread needs of results otherwise
+        last = whole[-1]
+        _, rows[last] = sch.split(rows[last], [None, group.warps])
+        sch.bind(rows[last], "threadIdx.y")
     _, lane = sch.split(reduced, [None, group.lanes])
     sch.bind(lane, "threadIdx.x")
-    sch.reverse_compute_at(result, row)
+    sch.reverse_compute_at(result, rows[-1])
 
 
 def share(sch: Schedule) -> None:

@@ -44,7 +44,11 @@ def pytest_configure(config):
         configurations.library = getattr(gpu_kernels, f"{kernels}_library")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--kernels") != "cpu":
+        left_out = [item for item in items if item.get_closest_marker("cpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("cpu")]
+        config.hook.pytest_deselected(items=left_out)
     # nvidia-smi stands for a driver: asking torch would import it even for tests without torch.
     if shutil.which("nvidia-smi"):
         return

@@ -1,5 +1,7 @@
 """What names a target: exact records, readable directories, and errors with the nearest names."""
 
+from dataclasses import replace
+
 import pytest
 from tvm.target import Target
 
@@ -152,3 +154,18 @@ def test_cuda_targets_have_this_machine_as_host(monkeypatch):
     assert targets.required_cpu_flags(found) == targets.required_cpu_flags(native)
     assert targets.hardware(found).model == "gpu"
     assert targets.kernel_key(CFG, found).compute == "float"
+
+
+@pytest.mark.parametrize(
+    ("cfg", "arch", "words"),
+    [
+        (replace(CFG, compute="int8"), "sm_90", ["`compute`", "'int8'", "CPUs"]),
+        (replace(CFG, dtype="bfloat16"), "sm_75", ["`dtype`", "'bfloat16'", "sm_80"]),
+    ],
+    ids=["compute", "dtype"],
+)
+def test_what_a_gpu_has_not(cfg, arch, words):
+    with pytest.raises(UserError) as error:
+        targets.kernel_key(cfg, Target({"kind": "cuda", "arch": arch}))
+    for word in words:
+        assert word in str(error.value)

@@ -149,7 +149,8 @@ class CacheLayer:
 
     def _store_bodies(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         kernels = self.cache.kernels
-        kernels["quantize_key"](*self._key_args, slots, k)
+        if k.shape[2] >= self.cache.cfg.G_k:  # a GPU launches one work-group for a grid of none
+            kernels["quantize_key"](*self._key_args, slots, k)
         kernels["quantize_value"](*self._value_args, slots, v)
         kernels["fill_window"](*self._fill_args, slots, k, v, self.cache.write_back)
         if self._fill_exact_args:

@@ -103,6 +103,7 @@ INTEGER = [
 
 
 @pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.cpu
 @pytest.mark.parametrize("cfg", INTEGER, ids=config_id)
 def test_integer_modes_are_close_to_attention(cfg, data):
     R, split = cfg.R, cfg.kernel_key().split_tokens
@@ -110,6 +111,7 @@ def test_integer_modes_are_close_to_attention(cfg, data):
 
 
 @pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.cpu
 @pytest.mark.parametrize("cfg", INTEGER, ids=config_id)
 def test_integer_modes_round_as_they_say(cfg, data):
     """Ten times closer to the same rounding in torch than to exact attention."""
@@ -126,6 +128,7 @@ def test_integer_modes_round_as_they_say(cfg, data):
             assert relative_l2((top + total.log2()) * math.log(2), lse) < 5e-5
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("mcpu", ["x86-64", "haswell", "skylake-avx512"])
 def test_other_processors_round_alike(mcpu):
     """Sums of integers are exact, whatever instructions add them up."""
@@ -142,6 +145,7 @@ def test_other_processors_round_alike(mcpu):
     assert relative_l2(found.acc[:, :, 0], plain.acc[:, :, 0]) < 1e-3
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("machine", "mcpu", "instruction"),
     [
@@ -163,6 +167,7 @@ def test_processors_use_their_dot_products_of_bytes(machine, mcpu, instruction):
     assert len(re.findall(instruction, code)) >= 16
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("cfg", [*FEW, *INTEGER], ids=config_id)
 def test_prefetching_changes_no_bit(cfg):
     """The hints may reach beyond a row's last page and the last head: that must be harmless."""
