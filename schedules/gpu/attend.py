@@ -11,7 +11,6 @@ from kivi_tvm.schedules.threads import (
     WARPS,
     WORDS,
     contract_by_threads,
-    keep_local,
     over_groups,
     over_threads,
     reduce_by_warps,
@@ -22,7 +21,7 @@ from kivi_tvm.targets import Hardware
 
 INLINE = "key_zero", "key_scale", "value_zero", "value_scale"
 ELEMENTWISE = (
-    "q_scaled", "start_stat", "start_acc", "q_key", "score", "prob", "p_fold", "chunk_acc",
+    "page", "q_scaled", "start_stat", "start_acc", "q_key", "score", "prob", "p_fold", "chunk_acc",
     "new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc", "store_stat", "store_acc",
 )  # fmt: skip
 REDUCED = "q_zero", "max", "sum", "p_zero"
@@ -52,7 +51,6 @@ def attend(sch: Schedule, hardware: Hardware) -> None:
     group = work_group(sch, hardware)
     for name in INLINE:
         sch.compute_inline(sch.get_sblock(name))
-    keep_local(sch, "page")
     for name in ELEMENTWISE:
         over_threads(sch, sch.get_sblock(name), group)
     for name in REDUCED:
