@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 # Work-groups of a multiprocessor that a kernel leaves registers for.
-MIN_BLOCKS = 2
+MIN_BLOCKS = 3
 NEEDS_COMPILER = (
     "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
     "or NVRTC (`pip install cuda-bindings`)"

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from kivi_tvm.eval.compare import Options, Text
 
 
+# Options that every cache setting takes.
+SHARED = ("group_size", "residual_length", "dtype", "compute")
+
+
 def add_parser(subparsers: Any) -> None:
     """Register the command and its options."""
     parser = subparsers.add_parser("eval", help=COMMANDS["eval"], description=COMMANDS["eval"])
@@ -38,6 +42,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--group-size", type=int, default=32, help="default: 32")
     parser.add_argument("--residual-length", type=int, default=128, help="default: 128")
     parser.add_argument("--dtype", default="float32", help="default: float32")
+    parser.add_argument(
+        "--compute", default="auto", help="mode of our attention, as KiviConfig takes it"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--plot", type=Path, help="write a plot to this file (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -72,7 +79,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             found.append(f"`--{name}` must be at least 1, got {value}")
-    shared = {name: getattr(args, name) for name in ("group_size", "residual_length", "dtype")}
+    shared = {name: getattr(args, name) for name in SHARED}
     try:
         # 256 is divisible by every group size: the model's own heads come later.
         KiviConfig(head_dim=256, num_heads=1, num_kv_heads=1, **shared)
@@ -103,7 +110,7 @@ def _options(args: argparse.Namespace) -> Options:
     caches = tuple(args.caches or DEFAULT_SETTINGS)
     if unknown := [name for name in caches if name not in SETTINGS]:
         raise UserError(f"`--caches` must be among {list(SETTINGS)}, got {unknown}")
-    names = ("prompt", "positions", "group_size", "residual_length", "dtype")
+    names = ("prompt", "positions", *SHARED)
     return Options(caches, **{name: getattr(args, name) for name in names})
 
 

@@ -161,6 +161,11 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
     model = args.cost_model or default_cost_model()
     check_cost_model(model)
     target = targets.resolve(args.target)
+    if target.kind.name != "llvm":
+        raise UserError(
+            f"`--target` must be a CPU, got {args.target!r}: candidates for GPUs cannot be "
+            "measured yet, builds for them take default schedules"
+        )
     tasks = _tasks(args.ops, [_with_mode(workload, target) for workload in found])
     if find_cxx() is None:
         raise UserError("`tune` needs a C++ compiler to link candidates (apt-get install g++)")

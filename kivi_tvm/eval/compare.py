@@ -33,6 +33,7 @@ class Options:
     group_size: int
     residual_length: int
     dtype: str
+    compute: str = "auto"
 
     @property
     def fed(self) -> int:
@@ -111,7 +112,12 @@ def compare(text: Text, options: Options, say: Callable[[str], None]) -> Iterato
 
 def _prepared(text: Text, setting: CacheSetting, options: Options) -> Any:
     """An empty cache; if it is KIVI's, one whose options fit the model and whose kernels exist."""
-    shared = {"group_size": options.group_size, "residual_length": options.residual_length}
+    shared: dict[str, Any] = {
+        "group_size": options.group_size,
+        "residual_length": options.residual_length,
+    }
+    if not setting.is_simulated:
+        shared["compute"] = options.compute
     cache = new_cache(setting, text.model.config, **shared)
     if setting.key_bits is not None:
         try:

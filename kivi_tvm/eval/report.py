@@ -29,6 +29,7 @@ def to_json(outcomes: Sequence[Outcome], options: Options, model: str, text: str
         "positions": options.positions,
         "group_size": options.group_size,
         "residual_length": options.residual_length,
+        "compute": options.compute,
         "caches": [_plain(outcome) for outcome in outcomes],
     }
 

@@ -38,10 +38,14 @@ def find_records(cfg: KiviConfig, key: KernelKey, target: Mapping[str, Any]) -> 
 def tune_command(cfg: KiviConfig, target: Mapping[str, Any]) -> str | None:
     """The command line that tunes the kernels of `cfg` for `target`; None if it has no options.
 
-    That is so for pages of another size than the default, and for groups of keys and of values that
-    differ.
+    That is so for pages of another size than the default, for groups of keys and of values that
+    differ, and for GPUs.
     """
-    if cfg.G_k != cfg.G_v or cfg.P != replace(cfg, page_size=None).P:
+    if (
+        target.get("kind") == "cuda"
+        or cfg.G_k != cfg.G_v
+        or cfg.P != replace(cfg, page_size=None).P
+    ):
         return None
     from kivi_tvm import targets
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from kivi_tvm import cuda
 from kivi_tvm.cli import main
 
 SMALL = ("--ops", "advance", "fill_window", "--tokens", "256", "--trials", "4")
@@ -89,6 +90,14 @@ def test_a_compiler_is_needed(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     assert main(["tune", "--log-dir", str(tmp_path / "logs"), "--ops", "advance"]) == 2
     assert "needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_gpus_cannot_be_tuned_yet(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "known_architectures", lambda: ("sm_90",))
+    log_dir = tmp_path / "logs"
+    assert main(["tune", "--log-dir", str(log_dir), "--target", "nvidia/nvidia-h100"]) == 2
+    assert "`--target` must be a CPU" in capsys.readouterr().err
+    assert not log_dir.exists()
 
 
 def test_nothing_to_list(capsys, tmp_path):

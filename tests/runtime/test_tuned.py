@@ -152,6 +152,10 @@ def test_no_command_is_given_for_what_it_cannot_express(change):
     assert tuned.tune_command(replace(CFG, **change), {}) is None
 
 
+def test_no_command_is_given_for_a_gpu():
+    assert tuned.tune_command(CFG, {"kind": "cuda", "arch": "sm_90"}) is None
+
+
 def test_the_command_names_another_target(native):
     fields = {**targets.identity(native), "mcpu": "x86-64-v3"}
     command = shlex.split(tuned.tune_command(CFG, fields))
