@@ -61,3 +61,8 @@ def test_transformers_example_runs():
     names = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
     exec(compile(example("KiviCache"), "README.md", "exec"), names)
     assert names["out"].shape == (1, 72)
+
+
+def test_attention_page_is_made_from_its_data():
+    command = [sys.executable, ROOT / "tools" / "attention_page.py", "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
