@@ -80,14 +80,14 @@ def over_last(sch: Schedule, block: SBlockRV, group: WorkGroup) -> LoopRV:
 def over_spatial(sch: Schedule, block: SBlockRV, group: WorkGroup) -> None:
     """Spread the results of a reduction, each of which a thread computes alone, in registers."""
     results = [sch.cache_write(block, i, "local") for i in range(len(sch.get(block).writes))]
-    loops, axes = sch.get_loops(block), sch.get(block).iter_vars
-    values = sch.get(loops[-1]).body.iter_values
-    summed = [
-        x for x, axis in zip(values, axes, strict=True) if axis.iter_type == IterVar.CommReduce
-    ]
-    inside = [any(x.same_as(sch.get(loop).loop_var) for x in summed) for loop in loops]
-    spatial = [loop for loop, is_reduced in zip(loops, inside, strict=True) if not is_reduced]
-    reduced = [loop for loop, is_reduced in zip(loops, inside, strict=True) if is_reduced]
+    loops = sch.get_loops(block)
+    bindings = zip(sch.get(block).iter_vars, sch.get(loops[-1]).body.iter_values, strict=True)
+    summed = [x for axis, x in bindings if axis.iter_type == IterVar.CommReduce]
+    spatial: list[LoopRV] = []
+    reduced: list[LoopRV] = []
+    for loop in loops:
+        is_summed = any(map(sch.get(loop).loop_var.same_as, summed))
+        (reduced if is_summed else spatial).append(loop)
     sch.reorder(*spatial, *reduced)
     result_loop = sch.fuse(*spatial)
     # A single one is computed by every thread: TVM would forget to store it from the first alone.

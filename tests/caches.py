@@ -14,6 +14,16 @@ def new_cache(cfg, batch_size=1, **options):
     return module(cfg).new_cache(batch_size=batch_size, **options)
 
 
+def largest_score(reference, q, scale):
+    """max |scaled score| of a step, by which float32 tolerances grow."""
+    worst = 0.0
+    for row, cached in enumerate(reference.rows):
+        k, _ = cached.visible()
+        score = q[row].float().unflatten(0, (k.shape[0], -1)) @ k.mT * scale
+        worst = max(worst, score.abs().max().item())
+    return worst
+
+
 def buffers(cache, layer=0):
     """The page and ring buffers of one layer by name."""
     held = cache.layer(layer)

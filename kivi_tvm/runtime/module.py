@@ -63,6 +63,11 @@ class Module:
         return self._manifest.key
 
     @property
+    def target(self) -> Mapping[str, Any]:
+        """TVM's target that the kernels were compiled for, as plain data."""
+        return self._manifest.target
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """What the kernels are: key, target, versions, and per kernel "tuned" or "default"."""
         return self._manifest.to_dict()
@@ -75,7 +80,7 @@ class Module:
     @property
     def threads(self) -> str:
         """What kernels run on: threads of "torch", or "tvm" for a pool of their own; "cuda"."""
-        if self._manifest.target["kind"] == "cuda":
+        if self.target["kind"] == "cuda":
             return "cuda"
         return "torch" if self.library.on_torch_threads else "tvm"
 

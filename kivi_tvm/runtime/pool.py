@@ -36,7 +36,7 @@ class CachePool:
         cfg = module.cfg
         self.module, self.cfg, self.kernels = module, cfg, module.library
         self.max_tokens, self.window = options.max_tokens, options.window
-        self.device = device_of(module.manifest["target"], options.device)
+        self.device = device_of(module.target, options.device)
         self.dtype: torch.dtype = getattr(torch, cfg.dtype)
         self.write_back = int(options.window == "kivi")
         self.rows = Rows(
@@ -141,12 +141,9 @@ class CachePool:
         state, slots, one = map(tvm_ffi.from_dlpack, (held.state, held.slots, held.one))
         self._quiet_tensors = (one, slots)
         # Kernels run on the stream that torch has for one of their tensors, if they get any.
-        ours = (
-            (held.state, held.slots, held.one)
-            if self.device.type == "cuda"
-            else (state, slots, one)
-        )
-        self._advance_one = (*ours, self.cfg.R)
+        if self.device.type == "cuda":
+            state, slots, one = held.state, held.slots, held.one
+        self._advance_one = (state, slots, one, self.cfg.R)
 
     def _unbind(self) -> None:
         """Note that buffers are about to be replaced: the next step must not begin quietly."""

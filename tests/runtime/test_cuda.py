@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from caches import largest_score
 from configurations import CONFIGS, FEW, config_id
 from inputs import draw
 from pools import assert_same_bits
@@ -17,16 +18,6 @@ pytestmark = pytest.mark.cuda
 
 def cuda_cache(cfg, batch_size, **options):
     return build(cfg, "cuda").new_cache(batch_size=batch_size, device="cuda", **options)
-
-
-def largest_score(reference, q, scale):
-    """max |scaled score| of a step, by which float32 tolerances grow."""
-    worst = 0.0
-    for row, cached in enumerate(reference.rows):
-        k, _ = cached.visible()
-        score = q[row].float().unflatten(0, (k.shape[0], -1)) @ k.mT * scale
-        worst = max(worst, score.abs().max().item())
-    return worst
 
 
 def prefilled(cfg, lengths, steps):

@@ -4,23 +4,13 @@ import math
 
 import pytest
 import torch
-from caches import feed, new_cache
+from caches import feed, largest_score, new_cache
 from configurations import CONFIGS, FEW, config_id, module, with_window
 from inputs import ATTENDED_DATA, draw, strided
 from pools import poisoned
 from tolerance import assert_close, limit
 
 from kivi_tvm.reference import ReferenceCache
-
-
-def largest_score(reference, q, scale):
-    """max |scaled score| of a step, by which float32 tolerances grow."""
-    worst = 0.0
-    for row, cached in enumerate(reference.rows):
-        k, _ = cached.visible()
-        score = q[row].float().unflatten(0, (k.shape[0], -1)) @ k.mT * scale
-        worst = max(worst, score.abs().max().item())
-    return worst
 
 
 def check(cfg, lengths, steps, data="normal", window="kivi", scale=None, seed=0):
