@@ -9,15 +9,16 @@ BITS = (2, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 DTYPES = ("float16", "bfloat16", "float32")
-COMPUTE_MODES = ("auto", "float", "int8x2", "int8")
+COMPUTE_MODES = ("auto", "float", "half", "int8x2", "int8")
 INTEGER_MODES = ("int8x2", "int8")
 MAX_INTEGER_BITS = 4  # products of four larger codes would not fit the byte instructions
 WINDOWS = ("kivi", "exact")
 WORD_BITS = 32
 # How codes share words, and which way each compute mode reads them (`layout.PackOrder`).
-PACK_ORDERS = ("plain", "bytes")
-PACK_ORDER_OF = {"float": "plain", "int8x2": "bytes", "int8": "bytes"}
+PACK_ORDERS = ("plain", "bytes", "fragment")
+PACK_ORDER_OF = {"float": "plain", "half": "fragment", "int8x2": "bytes", "int8": "bytes"}
 MIN_PAGE_SIZE = 32
+HALF_PAGE_UNIT = 64  # of pages in mode "half", whose warps take so many tokens at once
 PAGE_SIZE = 128
 CHUNK_TOKENS = 256
 SPLIT_TOKENS = 1024
@@ -116,13 +117,14 @@ class KiviConfig:
     dtype : str
         Model dtype of q, k, v and the window: "float16", "bfloat16" or "float32".
     compute : str
-        Compute mode of `attend`: "float" (float32 arithmetic), "int8x2" (codes times the other
-        operand as high and low int8: relative error below 1e-3) or "int8" (a single int8: about
-        3e-2, also with outlier channels and a peaked softmax); the latter two for at most 4 bits,
-        and slower than "float" where the processor has no dot product of bytes. "auto" is the
-        fastest one whose error is at most a tenth of what quantization itself brings on such data:
-        "int8" with keys or values of 2 bits, "int8x2" with 4, "float" for float32 caches. The
-        manifest names the mode.
+        Compute mode of `attend`: "float" (float32 arithmetic), on CPUs "int8x2" (codes times the
+        other operand as high and low int8: relative error below 1e-3) or "int8" (a single int8:
+        about 3e-2, also with outlier channels and a peaked softmax), for at most 4 bits, and slower
+        than "float" where the processor has no dot product of bytes; on tensor cores "half" (the
+        other operand as float16: at most 3e-3), for caches in 16 bits with pages of a multiple of
+        64 tokens. "auto" is the fastest one whose error is at most a tenth of what quantization
+        itself brings on such data: "int8" with keys or values of 2 bits, "int8x2" with 4, "half"
+        where there are tensor cores, "float" for float32 caches. The manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None
@@ -202,6 +204,14 @@ class KiviConfig:
                         f"`{name}` must be at most {MAX_INTEGER_BITS} with "
                         f"compute={self.compute!r}, got {bits}"
                     )
+        if self.compute == "half":
+            if self.dtype == "float32":
+                found.append("`dtype` must be 'float16' or 'bfloat16' with compute='half'")
+            if self.page_size is not None and self.page_size % HALF_PAGE_UNIT:
+                found.append(
+                    f"`page_size` must be a multiple of {HALF_PAGE_UNIT} with compute='half', "
+                    f"got {self.page_size}"
+                )
         return found + self._divisibility_problems()
 
     def _divisibility_problems(self) -> list[str]:
@@ -263,28 +273,33 @@ class KiviConfig:
     def P(self) -> int:
         return PAGE_SIZE if self.page_size is None else self.page_size
 
-    def compute_mode(self, byte_dot: bool = False) -> str:
-        """The mode that `compute` is, where the processor has dot products of bytes or not.
+    def compute_mode(self, byte_dot: bool = False, tensor_cores: bool = False) -> str:
+        """The mode that `compute` is, where there are dot products of bytes or tensor cores.
 
-        "auto" is one of integers with them, for at most 4 bits, unless the caches are float32:
-        whoever asks for these wants the exact mode. A single int8 has 0.4 to 5% of the error of
+        "auto" is one of integers with the former, for at most 4 bits, and "half" with the latter,
+        unless the caches are float32: whoever asks for these wants the exact mode. A single int8 has 0.4 to 5% of the error of
         2-bit codes on the data of `kivi-tvm bench attention`, 0.4 to 8% where only keys or values
         have 2 bits, and up to 25% of that of 4-bit codes.
         """
         if self.compute != "auto":
             return self.compute
-        few = max(self.key_bits, self.value_bits) <= MAX_INTEGER_BITS
-        if not (byte_dot and few) or self.dtype == "float32":
+        if self.dtype == "float32":
+            return "float"
+        if tensor_cores and self.P % HALF_PAGE_UNIT == 0:
+            return "half"
+        if not byte_dot or max(self.key_bits, self.value_bits) > MAX_INTEGER_BITS:
             return "float"
         return "int8" if min(self.key_bits, self.value_bits) == 2 else "int8x2"
 
-    def kernel_key(self, pack_order: str | None = None, byte_dot: bool = False) -> KernelKey:
+    def kernel_key(
+        self, pack_order: str | None = None, byte_dot: bool = False, tensor_cores: bool = False
+    ) -> KernelKey:
         """The part of this configuration that a compiled module depends on.
 
-        `byte_dot` as for `compute_mode`; `targets.kernel_key` knows it of a target. The pack order
-        is that of the compute mode unless it is given.
+        `byte_dot` and `tensor_cores` as for `compute_mode`; `targets.kernel_key` knows them of a
+        target. The pack order is that of the compute mode unless it is given.
         """
-        mode = self.compute_mode(byte_dot)
+        mode = self.compute_mode(byte_dot, tensor_cores)
         return KernelKey(
             head_dim=self.D,
             queries_per_kv=self.M,

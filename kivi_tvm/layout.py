@@ -28,11 +28,18 @@ class PackOrder:
     tokens) go byte by byte: its first quarter into the first byte of all words of the span, the
     next one into the second byte. Four codes at the same place of a word's bytes are `span / 4`
     elements apart then, and so are the numbers that a dot product of bytes meets them with.
+
+    In order "fragment" four words share `4 W` elements, dealt out in runs of `run`: the first run
+    of every four goes into the first word, the next one into the second. Half of each run is in the
+    low half of its word, so that two codes at one place of both halves are `run / 2` elements
+    apart: a pair that one lane holds as an operand of `mma` (`ops/fragments.py`). With runs as long
+    as words this is order "plain".
     """
 
     name: str
     bits: int
     span: int
+    run: int = 0
 
     @property
     def codes_per_word(self) -> int:
@@ -46,6 +53,8 @@ class PackOrder:
         """Index of the word that holds `element`."""
         if self.name == "plain":
             return element // self.codes_per_word
+        if self.name == "fragment":
+            return element // (4 * self.codes_per_word) * 4 + element // self.run % 4
         inside = element % self.span % self._quarter // self._places
         return element // self.span * self._words + inside
 
@@ -53,6 +62,10 @@ class PackOrder:
         """Position of `element` within its word."""
         if self.name == "plain":
             return element % self.codes_per_word
+        if self.name == "fragment":
+            half, place = element % self.run // self._pairs, element % self._pairs
+            runs = element % (4 * self.codes_per_word) // (4 * self.run)
+            return half * (self.codes_per_word // 2) + runs * self._pairs + place
         byte = element % self.span // self._quarter
         return byte * self._places + element % self._places
 
@@ -60,6 +73,11 @@ class PackOrder:
         """The inverse of (`word`, `slot`)."""
         if self.name == "plain":
             return word * self.codes_per_word + slot
+        if self.name == "fragment":
+            half, inside = slot // (self.codes_per_word // 2), slot % (self.codes_per_word // 2)
+            runs, place = inside // self._pairs, inside % self._pairs
+            first = word // 4 * 4 * self.codes_per_word + (runs * 4 + word % 4) * self.run
+            return first + half * self._pairs + place
         byte, place = slot // self._places, slot % self._places
         first = word // self._words * self.span + word % self._words * self._places
         return first + byte * self._quarter + place
@@ -67,6 +85,11 @@ class PackOrder:
     def shift(self, slot: Any) -> Any:
         """Bit offset of `slot` within its word."""
         return slot * self.bits
+
+    @property
+    def _pairs(self) -> int:
+        """Half a run."""
+        return self.run // 2
 
     @property
     def _places(self) -> int:
@@ -83,8 +106,10 @@ class PackOrder:
         return self.span // 4
 
 
-def pack_order(name: str, bits: int, span: int) -> PackOrder:
+def pack_order(name: str, bits: int, span: int, run: int = 0) -> PackOrder:
     """The pack order called `name` for codes of `bits` bits in spans of so many elements.
+
+    `run` is for order "fragment" alone, a power of two of at most a word; default a word.
 
     Raises
     ------
@@ -95,7 +120,9 @@ def pack_order(name: str, bits: int, span: int) -> PackOrder:
         raise ValueError(f"`pack_order` must be one of {list(PACK_ORDERS)}, got {name!r}")
     if span % (WORD_BITS // bits):
         raise ValueError(f"`span` must be a multiple of {WORD_BITS // bits}, got {span}")
-    return PackOrder(name, bits, span)
+    if name != "fragment":
+        return PackOrder(name, bits, span)
+    return PackOrder(name, bits, span, run or WORD_BITS // bits)
 
 
 def key_order(key: KernelKey) -> PackOrder:
@@ -104,8 +131,13 @@ def key_order(key: KernelKey) -> PackOrder:
 
 
 def value_order(key: KernelKey) -> PackOrder:
-    """How the tokens of a page share words."""
-    return pack_order(key.pack_order, key.value_bits, key.page_size)
+    """How the tokens of a page share words.
+
+    In order "fragment" four runs are as long as a group of keys: the tokens of one `mma` have their
+    keys' scale in common.
+    """
+    run = min(key.value_codes_per_word, key.key_group_size // 4)
+    return pack_order(key.pack_order, key.value_bits, key.page_size, run)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,17 @@ call of a kernel allocates. On the stack LLVM sees whole lifetimes, and what fit
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm.ir import IRModule
+from tvm.ir import Call, IRModule, Op
 from tvm.ir.transform import PassContext, Sequential, module_pass
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.s_tir import SBlock
 from tvm.support import nvcc
 from tvm.target import Target
 from tvm.tirx import (
@@ -23,6 +26,8 @@ from tvm.tirx import (
     AttrStmt,
     Buffer,
     DeclBuffer,
+    Evaluate,
+    Expr,
     For,
     IfThenElse,
     IntImm,
@@ -32,10 +37,17 @@ from tvm.tirx import (
     decl_buffer,
 )
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
+from tvm.tirx.transform import LowerWarpMemory
 
 from kivi_tvm.cuda import find_compiler, find_nvcc, with_launch_bounds
 
 NAME = "kivi_tvm"
+ACTIVE_LANES, PREFETCH = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.prefetch")
+PREFETCH_SOURCE = """
+__device__ __forceinline__ void kivi_tvm_prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+}
+"""
 EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
 LINE_BYTES = 64
 MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
@@ -79,7 +91,99 @@ def _registered() -> str:
 
 def _pipeline() -> tuple[Any, Any, Any]:
     lower, host, device = get_tir_pipeline("s_tir")
-    return lower, lambda: Sequential([keep_on_stack, host()]), device
+    return (
+        lowered_one_by_one(lower),
+        lambda: Sequential([keep_on_stack, host()]),
+        lambda: Sequential([lower_warp_memory, device()]),
+    )
+
+
+def lowered_one_by_one(lower: Any) -> Any:
+    """TVM's pass, without common subexpressions where the buffers of a warp are.
+
+    Those are told apart by their indices as they are; the compiler finds subexpressions again. All
+    other kernels need them: between two accesses by equal indices TVM puts no barrier, though one
+    of them be by a single lane for all.
+    """
+
+    @module_pass(opt_level=0, name="kivi_tvm.lowered_one_by_one")  # type: ignore[untyped-decorator]
+    def run(module: IRModule, _: PassContext) -> IRModule:
+        found = {}
+        for name, function in module.functions.items():
+            config = {"tirx.disable_cse_tir": _has_warp_blocks(function)}
+            with PassContext(config=config):
+                found |= dict(lower(IRModule({name: function})).functions)
+        return IRModule(found, attrs=module.attrs)
+
+    return run
+
+
+def _has_warp_blocks(function: PrimFunc) -> bool:
+    found = []
+
+    def visit(block: SBlock) -> None:
+        found.extend(each for each in block.alloc_buffers if each.scope() == "warp")
+
+    tvm_ffi.structural_walk(function.body, (SBlock, visit))
+    return bool(found)
+
+
+@module_pass(opt_level=0, name="kivi_tvm.lower_warp_memory")  # type: ignore[untyped-decorator]
+def lower_warp_memory(module: IRModule, _: PassContext) -> IRModule:
+    """Lower all buffers of warps: TVM's pass does one of those that are allocated side by side.
+
+    Lanes exchange numbers all together: those that TVM finds active need not be all of them, where
+    some have taken another branch before.
+    """
+    found = {}
+    for name, function in module.functions.items():
+        if _has_warp_buffers(function):
+            only = IRModule({name: function.with_body(_with_own_registers(function.body))})
+            while _has_warp_buffers(only[name]):
+                only = LowerWarpMemory()(only)
+            body = tvm_ffi.structural_map(only[name].body, (Call, _for_warps))
+            function = only[name].with_body(body)
+        found[name] = function
+    return IRModule(found, attrs=module.attrs)
+
+
+def _for_warps(call: Call) -> Expr:
+    if call.op.same_as(ACTIVE_LANES):
+        return IntImm("uint32", 0xFFFFFFFF)
+    if call.op.same_as(PREFETCH):
+        return cuda_func_call("kivi_tvm_prefetch", call.args[0], source_code=PREFETCH_SOURCE)
+    return call
+
+
+def _with_own_registers(body: Stmt) -> Stmt:
+    """A kernel whose warps' buffers are allocated, none in the place of another.
+
+    `StorageRewrite` declares such, for which TVM's pass has no rule: they become that other one.
+    """
+    places: list[tuple[Buffer, Buffer]] = []
+
+    def remove(stmt: Stmt) -> Stmt:
+        if isinstance(stmt, DeclBuffer) and stmt.buffer.scope() == "warp":
+            places.append((stmt.buffer, stmt.data.args[0]))
+            return Evaluate(0)
+        return stmt
+
+    def replace(buffer: Buffer) -> Buffer:
+        return next((place for mine, place in places if mine.same_as(buffer)), buffer)
+
+    body = _changed(body, remove)
+    return tvm_ffi.structural_map(body, (Buffer, replace)) if places else body
+
+
+def _has_warp_buffers(function: PrimFunc) -> bool:
+    found = []
+
+    def visit(stmt: AllocBuffer) -> None:
+        if stmt.buffer.scope() == "warp":
+            found.append(stmt)
+
+    tvm_ffi.structural_walk(function.body, (AllocBuffer, visit))
+    return bool(found)
 
 
 @module_pass(opt_level=0, name="kivi_tvm.keep_on_stack")  # type: ignore[untyped-decorator]
@@ -88,27 +192,32 @@ def keep_on_stack(module: IRModule, _: PassContext) -> IRModule:
     found = {}
     for name, function in module.functions.items():
         if isinstance(function, PrimFunc):
-            function = function.with_body(_on_stack(function.body))
+            function = function.with_body(_changed(function.body, _on_stack))
         found[name] = function
     return IRModule(found, attrs=module.attrs)
 
 
 def _on_stack(stmt: Stmt) -> Stmt:
-    if isinstance(stmt, SeqStmt):
-        return SeqStmt([_on_stack(each) for each in stmt.seq])
-    if isinstance(stmt, For):
-        return For(
-            stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _on_stack(stmt.body),
-            stmt.thread_binding, stmt.annotations, stmt.step,
-        )  # fmt: skip
-    if isinstance(stmt, AttrStmt):
-        return AttrStmt(stmt.node, stmt.attr_key, stmt.value, _on_stack(stmt.body))
-    if isinstance(stmt, IfThenElse):
-        other = stmt.else_case and _on_stack(stmt.else_case)
-        return IfThenElse(stmt.condition, _on_stack(stmt.then_case), other)
     if isinstance(stmt, AllocBuffer) and 0 < _constant_bytes(stmt.buffer) <= MAX_STACK_BYTES:
         return _aligned(stmt)
     return stmt
+
+
+def _changed(stmt: Stmt, change: Callable[[Stmt], Stmt]) -> Stmt:
+    """A statement with `change` applied to everything in it, from the inside out."""
+    if isinstance(stmt, SeqStmt):
+        stmt = SeqStmt([_changed(each, change) for each in stmt.seq])
+    elif isinstance(stmt, For):
+        stmt = For(
+            stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _changed(stmt.body, change),
+            stmt.thread_binding, stmt.annotations, stmt.step,
+        )  # fmt: skip
+    elif isinstance(stmt, AttrStmt):
+        stmt = AttrStmt(stmt.node, stmt.attr_key, stmt.value, _changed(stmt.body, change))
+    elif isinstance(stmt, IfThenElse):
+        other = stmt.else_case and _changed(stmt.else_case, change)
+        stmt = IfThenElse(stmt.condition, _changed(stmt.then_case, change), other)
+    return change(stmt)
 
 
 def _aligned(stmt: AllocBuffer) -> Stmt:

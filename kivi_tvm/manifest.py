@@ -174,7 +174,8 @@ def _config_problems(record: dict[str, Any]) -> list[str]:
         return [f"`kernel_key` and `config` must be a build's: {error}"]
     if cfg is None:
         return []
-    keys = [cfg.kernel_key(key.pack_order, byte_dot) for byte_dot in (True, False)]
+    hardware = [(True, False), (False, True), (False, False)]  # byte_dot, tensor_cores
+    keys = [cfg.kernel_key(key.pack_order, *each) for each in hardware]
     if key not in [replace(each, rows_per_query=key.rows_per_query) for each in keys]:
         return [f"`config` must have the kernel key {key.slug}, got {keys[0].slug}"]
     return []

@@ -27,7 +27,7 @@ BYTE_DOTS = (
 GPU_KINDS = ("cuda", "opencl")
 NO_ARCHITECTURE = "sm_50"  # what TVM takes where none is named and no GPU found
 WARP = 32
-WITHOUT_BFLOAT16 = ("sm_70", "sm_72", "sm_75")
+WITHOUT_BFLOAT16 = ("sm_70", "sm_72", "sm_75")  # nor `mma.m16n8k16`
 SHARED_BYTES = 48 * 1024  # that every CUDA device gives without being asked
 
 
@@ -40,6 +40,7 @@ class Hardware:
     vector_registers: int = 0
     byte_dot: str | None = None  # how dot products of bytes are computed: `schedules/byte_dot.py`
     warp: int = 1  # threads that go in step
+    tensor_cores: bool = False
     shared_bytes: int = 0  # of a work-group
 
     @property
@@ -151,7 +152,8 @@ def required_cpu_flags(target: Target) -> tuple[str, ...]:
 def hardware(target: Target) -> Hardware:
     """The facts that schedules use."""
     if target.kind.name in GPU_KINDS:
-        return Hardware(model="gpu", warp=WARP, shared_bytes=SHARED_BYTES)
+        cores = target.kind.name == "cuda" and _architecture(target) not in WITHOUT_BFLOAT16
+        return Hardware("gpu", warp=WARP, tensor_cores=cores, shared_bytes=SHARED_BYTES)
     features = set(map(str, codegen.llvm_get_cpu_features(target)))
     byte_dot = next((kind for needs, kind in BYTE_DOTS if needs & features), None)
     # TVM's own figure is 512 for every x86.
@@ -172,13 +174,24 @@ def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:
     if target.kind.name in GPU_KINDS:
         if cfg.compute in INTEGER_MODES:
             raise UserError(
-                f"`compute` must be 'auto' or 'float' for GPUs, got {cfg.compute!r}: "
+                f"`compute` must be 'auto', 'float' or 'half' for GPUs, got {cfg.compute!r}: "
                 "modes of integers are for CPUs"
             )
-        arch = cuda.base_architecture(str(target.attrs.get("arch", "")))
+        arch = _architecture(target)
         if cfg.dtype == "bfloat16" and arch in WITHOUT_BFLOAT16:
             raise UserError(f"`dtype` must not be 'bfloat16' for {arch}: CUDA has it from sm_80 on")
-    return cfg.kernel_key(byte_dot=hardware(target).byte_dot is not None)
+    facts = hardware(target)
+    if cfg.compute == "half" and not facts.tensor_cores:
+        raise UserError(
+            "`compute` must not be 'half' for targets without tensor cores, which CUDA has from "
+            f"sm_80 on; got target {as_dict(target)['kind']}"
+        )
+    return cfg.kernel_key(byte_dot=facts.byte_dot is not None, tensor_cores=facts.tensor_cores)
+
+
+def _architecture(target: Target) -> str:
+    """The architecture of a CUDA target, such as "sm_90"; "" for other kinds."""
+    return cuda.base_architecture(str(target.attrs.get("arch", "")))
 
 
 def _is_x86(target: Target) -> bool:

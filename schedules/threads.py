@@ -6,6 +6,7 @@ lanes; what passes between blocks lies in shared memory, unless the same thread 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm.s_tir import SBlockRealize, Schedule
@@ -14,7 +15,7 @@ from tvm.tirx import For, IntImm, IterVar
 from tvm.tirx.op import tvm_thread_invariant
 
 from kivi_tvm.schedules.choices import choose
-from kivi_tvm.schedules.primitives import extent_of, largest_divisor
+from kivi_tvm.schedules.primitives import extent_of, largest_divisor, split_off
 from kivi_tvm.targets import Hardware
 
 WARPS = 4
@@ -175,3 +176,34 @@ def contract_by_threads(
     # 4. slices summed where they are needed
     sch.compute_at(block, sch.get_loops(consumer)[-1], preserve_unit_loops=True)
     sch.set_scope(block, 0, "local")
+
+
+def keep_in_registers(sch: Schedule, block: SBlockRV) -> None:
+    """Put what is computed inside the block of a warp in the registers of its lanes.
+
+    The buffers have an axis of lanes, who read each other's elements by shuffles.
+    """
+    blocks = [block, *_blocks_in(sch, block)]
+    inside = [buffer for each in blocks for buffer in sch.get(each).alloc_buffers]
+    for each in blocks:
+        for index, region in enumerate(sch.get(each).writes):
+            if region.source.scope() == "global" and any(map(region.source.same_as, inside)):
+                sch.set_scope(each, index, "warp")
+
+
+def by_lane(sch: Schedule, block: SBlockRV, elements: int = 1) -> None:
+    """Give every lane of a warp its part of a block: the loop `lane`; `elements` as one vector."""
+    loops = sch.get_loops(block)
+    lane = next(each for each in loops if sch.get(each).loop_var.name == "lane")
+    sch.bind(lane, "threadIdx.x")
+    loops.remove(lane)
+    if elements > 1:
+        loops[-1], vector = split_off(sch, loops[-1], elements)
+        sch.vectorize(vector)
+    unroll(sch, loops)
+
+
+def unroll(sch: Schedule, loops: Sequence[LoopRV]) -> None:
+    """Unroll several loops."""
+    for loop in loops:
+        sch.unroll(loop)

@@ -59,12 +59,11 @@ def contents(cache, row, layer=0):
 
 
 def _key_codes(cache, words):
-    return reference.unpack(words, cache.cfg.key_bits, 1, cache.module.key.pack_order)
+    return reference.unpack(words, cache.cfg.key_bits, 1, layout.key_order(cache.module.key))
 
 
 def _value_codes(cache, words):
-    cfg, order = cache.cfg, cache.module.key.pack_order
-    return reference.unpack(words, cfg.value_bits, 1, order, cfg.P)
+    return reference.unpack(words, cache.cfg.value_bits, 1, layout.value_order(cache.module.key))
 
 
 def assert_same_contents(cache, row, other, other_row, layer=0):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import pytest
 
-from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES, HEAD_DIMS, MIN_PAGE_SIZE, KiviConfig
+from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES, HALF_PAGE_UNIT, HEAD_DIMS, MIN_PAGE_SIZE, KiviConfig
 
 PAGE_UNITS = (1, 2, 3)  # page size over the smallest one that the key group allows
 QUERIES_PER_KV = (1, 4, 7, 8, 71)
@@ -120,11 +121,18 @@ CONFIGS = [config(point) for point in POINTS]
 # What properties of the cache, not of the kernels, are tested on: one of each dtype.
 FEW = [config(POINTS[i]) for i in (2, 4, 15)]
 
+# The same in mode "half": for GPUs with tensor cores, whose pages are larger.
+HALF = [
+    replace(cfg, compute="half", page_size=math.lcm(cfg.P, HALF_PAGE_UNIT))
+    for cfg in CONFIGS
+    if cfg.dtype != "float32"
+]
+
 
 def config_id(cfg: KiviConfig) -> str:
     """A name that can be read aloud."""
     return (
-        f"Hkv{cfg.H_kv}-{cfg.kernel_key().slug.removesuffix('-plain-float')}-R{cfg.residual_length}"
+        f"Hkv{cfg.H_kv}-{cfg.kernel_key().slug.removesuffix('-plain-float').replace('-fragment', '')}-R{cfg.residual_length}"
     )
 
 

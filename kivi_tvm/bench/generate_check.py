@@ -18,7 +18,7 @@ from kivi_tvm.bench.provider import relative_l2
 from kivi_tvm.eval import agreement, decoded_logits
 from kivi_tvm.hf import models
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
-from kivi_tvm.tune.cases.tolerance import INTEGER_L2, RELATIVE_L2
+from kivi_tvm.tune.cases.tolerance import MODE_L2, RELATIVE_L2
 
 MAX_KL_SHARE = 0.5
 # Rounding in one layer moves the next one's inputs: logits of SmolLM2's 30 layers were off by 1e-6
@@ -72,7 +72,7 @@ def check(subject: Subject, reference: list[Tensor], logits: list[Tensor]) -> Ch
 def _tolerance(subject: Subject) -> float:
     mode = models.modules(subject.cache)[0][0].manifest["compute"]
     own = MARGIN * RELATIVE_L2[getattr(torch, subject.setting.dtype)]
-    return max(own, INTEGER_L2.get(mode, 0.0))
+    return max(own, MODE_L2.get(mode, 0.0))
 
 
 def _in_plain_torch(subject: Subject) -> Tensor:

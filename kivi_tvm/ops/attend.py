@@ -17,6 +17,7 @@ from tvm.script import tirx as T
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PACKED_VALUES
 from kivi_tvm.ops import contract_float, contract_int8
+from kivi_tvm.ops.attend_half import attend_half
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
@@ -70,6 +71,8 @@ def attend(
         Work items with row -1 are skipped. The last entries of the partial results belong to
         others: the window and new tokens.
     """
+    if key.compute == "half":
+        return attend_half(key)
     D, P, dtype = key.head_dim, key.page_size, key.dtype
     tiles = row_tiles(key, row_tile)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count

@@ -98,19 +98,15 @@ def dequantize(q: Quantized, dim: int) -> Tensor:
     return q.code.float() * scale + zero
 
 
-def pack(
-    code: Tensor, bits: int, dim: int, order: str = "plain", span: int | None = None
-) -> Tensor:
+def pack(code: Tensor, bits: int, dim: int, order: layout.PackOrder | None = None) -> Tensor:
     """Pack codes along `dim` into 32-bit words held as int32.
 
     Parameters
     ----------
     code : Tensor
-        uint8 codes; the size of `dim` must be a multiple of `32 / bits`, and of `span` in an order
-        that permutes the elements of a span.
-    order : str
-    span : int, optional
-        As in `layout.PackOrder`; default all of `dim`.
+        uint8 codes; the size of `dim` must be a multiple of `32 / bits`, and of the order's span.
+    order : PackOrder, optional
+        Default "plain".
 
     Returns
     -------
@@ -123,10 +119,9 @@ def pack(
         The size of `dim` is not a whole number of words or spans.
     """
     W, count = WORD_BITS // bits, code.shape[dim]
-    unit = W if order == "plain" or span is None else span
-    if count % unit or count % W:
-        raise ValueError(f"size of dim {dim} must be a multiple of {unit}, got {count}")
-    rule = layout.pack_order(order, bits, span or count)
+    rule = order or layout.pack_order("plain", bits, W)
+    if count % rule.span:
+        raise ValueError(f"size of dim {dim} must be a multiple of {rule.span}, got {count}")
     element = torch.arange(count)
     wide = code.long().movedim(dim, -1) << rule.shift(rule.slot(element))
     words = torch.zeros(*wide.shape[:-1], count // W, dtype=torch.int64)
@@ -135,12 +130,10 @@ def pack(
     return signed.to(torch.int32).movedim(-1, dim)
 
 
-def unpack(
-    words: Tensor, bits: int, dim: int, order: str = "plain", span: int | None = None
-) -> Tensor:
+def unpack(words: Tensor, bits: int, dim: int, order: layout.PackOrder | None = None) -> Tensor:
     """The inverse of `pack`: int32 words to uint8 codes."""
     count = words.shape[dim] * (WORD_BITS // bits)
-    rule = layout.pack_order(order, bits, span or count)
+    rule = order or layout.pack_order("plain", bits, WORD_BITS // bits)
     element = torch.arange(count)
     wide = words.movedim(dim, -1).long()[..., rule.word(element)]
     code: Tensor = (wide >> rule.shift(rule.slot(element))) & rule.code_mask

@@ -197,15 +197,15 @@ def _tensors(stored: AuthorsCache) -> list[tuple[str, Tensor | None]]:
 
 def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tensor]:
     """One row's parts by name, without the batch axis; those without tokens are empty."""
-    cfg, order = layer.cache.cfg, layer.cache.module.key.pack_order
+    cfg, key = layer.cache.cfg, layer.cache.module.key
     PK, PV = layout.packed_keys(cfg, length), layout.packed_values(cfg, length)
     held = joined_pages(layer, slot, layout.num_pages(cfg, PK))
-    k_code = unpack(held["k_code"], cfg.key_bits, 1, order)[:, :, :PK]  # [H_kv, D, PK]
-    v_code = unpack(held["v_code"], cfg.value_bits, 1, order, cfg.P)[:, :PV]  # [H_kv, PV, D]
+    k_code = unpack(held["k_code"], cfg.key_bits, 1, layout.key_order(key))  # [H_kv, D, tokens]
+    v_code = unpack(held["v_code"], cfg.value_bits, 1, layout.value_order(key))
     found = {
-        "k_code": pack(k_code, cfg.key_bits, 2),
+        "k_code": pack(k_code[:, :, :PK], cfg.key_bits, 2),
         "k_full": get_tokens(layer.windows["k_ring"][slot], range(PK, length)),
-        "v_code": pack(v_code, cfg.value_bits, 2),
+        "v_code": pack(v_code[:, :PV], cfg.value_bits, 2),
         "v_full": get_tokens(layer.windows["v_ring"][slot], range(PV, length)),
     }
     for ours, theirs in (("scale", "scale"), ("zero", "mn")):
@@ -217,13 +217,13 @@ def _row_to_authors(layer: CacheLayer, slot: int, length: int) -> dict[str, Tens
 
 def _row_from_authors(layer: CacheLayer, slot: int, parts: dict[str, Tensor]) -> None:
     """Write one row's parts, without the batch axis, into its pages and rings."""
-    cfg, order = layer.cache.cfg, layer.cache.module.key.pack_order
+    cfg, key = layer.cache.cfg, layer.cache.module.key
     first = 0
     if "k_code" in parts:
         code = unpack(parts["k_code"], cfg.key_bits, 2)  # [H_kv, D, PK]
         keys = Quantized(code.mT, parts["k_scale"].mT, parts["k_mn"].mT)
         first = code.shape[2]
-        write_pages(layer, slot, "k_code", pack(code, cfg.key_bits, 1, order))
+        write_pages(layer, slot, "k_code", pack(code, cfg.key_bits, 1, layout.key_order(key)))
         write_pages(layer, slot, "k_scale", keys.scale)
         write_pages(layer, slot, "k_zero", keys.zero)
         # the window sees packed keys as their codes give them
@@ -231,7 +231,8 @@ def _row_from_authors(layer: CacheLayer, slot: int, parts: dict[str, Tensor]) ->
     if "v_code" in parts:
         code = unpack(parts["v_code"], cfg.value_bits, 2)  # [H_kv, PV, D]
         whole = F.pad(code, (0, 0, 0, -code.shape[1] % cfg.P))
-        write_pages(layer, slot, "v_code", pack(whole, cfg.value_bits, 1, order, cfg.P))
+        words = pack(whole, cfg.value_bits, 1, layout.value_order(key))
+        write_pages(layer, slot, "v_code", words)
         write_pages(layer, slot, "v_scale", parts["v_scale"].mT)
         write_pages(layer, slot, "v_zero", parts["v_mn"].mT)
     if "k_full" in parts:

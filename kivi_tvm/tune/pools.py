@@ -83,7 +83,7 @@ class Pool:
             if n == 0:
                 continue
             found = reference.quantize_key(k[row, :, :n], cfg.key_bits, cfg.G_k)
-            order = self.key.pack_order
+            order = layout.key_order(self.key)
             words = reference.pack(found.code, cfg.key_bits, 2, order)  # [H_kv, n, D / W_k]
             page, at = self._place(row, torch.arange(n))
             self.buffers["k_code"][page, :, :, at] = words.movedim(1, 0)
@@ -100,7 +100,7 @@ class Pool:
                 continue
             found = reference.quantize_value(v[row, :, :n], cfg.value_bits, cfg.G_v)
             code = torch.nn.functional.pad(found.code, (0, 0, 0, -n % cfg.P))
-            words = reference.pack(code, cfg.value_bits, 1, order.name, cfg.P)
+            words = reference.pack(code, cfg.value_bits, 1, order)
             number = torch.arange(words.shape[1])  # of [H_kv, words of whole pages, D]
             number = number[order.element(number, 0) < n]
             page, at = self._place(row, number * order.codes_per_word)

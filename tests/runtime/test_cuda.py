@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 from caches import largest_score
-from configurations import CONFIGS, FEW, config_id
+from configurations import CONFIGS, FEW, HALF, config_id
 from inputs import draw
 from pools import assert_same_bits
-from tolerance import assert_close
+from tolerance import assert_close, limit
 
 from kivi_tvm import build
 from kivi_tvm.reference import ReferenceCache
 
 pytestmark = pytest.mark.cuda
+SOME = [*FEW, *HALF[::6]]
 
 
 def cuda_cache(cfg, batch_size, **options):
@@ -32,7 +33,7 @@ def decoded(cache, inputs, i, row=slice(None)):
     return cache.decode(*(x.cuda() for x in step), return_lse=True)
 
 
-@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+@pytest.mark.parametrize("cfg", [*CONFIGS, *HALF], ids=config_id)
 def test_decode(cfg):
     lengths, steps = [cfg.R - 2, 0, cfg.R, 2 * cfg.R - 1, 1500], 3
     cache, inputs = prefilled(cfg, lengths, steps)
@@ -45,15 +46,17 @@ def test_decode(cfg):
         worst = largest_score(reference, inputs.q[i], cfg.D**-0.5)
         for row in range(len(lengths)):
             what = f"step {i} row {row}"
-            assert_close(out[row].cpu(), want[row], max_score=worst, what=what)
-            assert_close(lse[row].cpu(), want_lse[row], what=f"{what} lse", bound=1e-4)
+            bound = limit(out.dtype, worst, cfg.compute)
+            assert_close(out[row].cpu(), want[row], what=what, bound=bound)
+            bound = limit(torch.float32, 10 * worst, cfg.compute)
+            assert_close(lse[row].cpu(), want_lse[row], what=f"{what} lse", bound=bound)
     dense = [x.cpu() for x in cache.dequantize()]
     for row, cached in enumerate(reference.rows):
         for found, want in zip(dense, cached.visible(), strict=True):
             assert_same_bits(found[row, :, : want.shape[1]], want.to(found.dtype), f"row {row}")
 
 
-@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+@pytest.mark.parametrize("cfg", SOME, ids=config_id)
 def test_extend(cfg):
     lengths, n = [700, 3, cfg.R], 21
     cache, inputs = prefilled(cfg, lengths, n)
@@ -64,10 +67,11 @@ def test_extend(cfg):
     out = cache.extend(q.cuda(), k.cuda(), v.cuda())
     want = reference.extend(q, k, v)
     for row in range(len(lengths)):
-        assert_close(out[row].cpu(), want[row], max_score=100.0, what=f"row {row}")
+        bound = limit(out.dtype, 100.0, cfg.compute)
+        assert_close(out[row].cpu(), want[row], what=f"row {row}", bound=bound)
 
 
-@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+@pytest.mark.parametrize("cfg", SOME, ids=config_id)
 def test_a_row_alone_gives_the_bits_of_a_batch(cfg):
     lengths = [2500, 17, cfg.R, 1100]
     cache, inputs = prefilled(cfg, lengths, 2)

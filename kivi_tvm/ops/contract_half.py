@@ -1,0 +1,334 @@
+"""The sums of `attend` over codes by `mma`: float16 operands, float32 sums; compute mode "half".
+
+Everything is written as the lanes of a warp hold it (`fragments.py`). Codes enter as subnormal
+float16 numbers, exactly, at the cost of one `and` per pair; the power of two that they lack is in
+the other operand. That one is rounded to float16 once:
+
+    score_t = u sum_d half(half(q_d / u) s_d) code_td + u sum_d half(q_d / u) z_d
+    acc_d   = sum_t half(half(p_t) s_t) code_td + sum_t half(p_t) z_t
+
+with `u` a power of two above all `|q_d|`, so that the products with any scale are finite.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.ops.fragments import (
+    CODE_UNIT,
+    DEPTH,
+    LANES,
+    QUERIES,
+    ROWS,
+    TOKENS,
+    HalfTile,
+    c_lane,
+    c_register,
+    code_pair,
+    pair_of,
+    pair_product,
+    position,
+    power_pair,
+    product,
+)
+
+
+
+
+def score_blocks(key: KernelKey):
+    """`score [lane, matrix, e]` of the first `left` tokens of a tile, in log2 units; else lowest.
+
+    The tile begins at token `at` of the page.
+    Lane `(g, c)` gets row `g` of every matrix for the queries `2 c + e`.
+    """
+    tile = HalfTile(key)
+    D, G_k, W, bits = key.head_dim, key.key_group_size, key.key_codes_per_word, key.key_bits
+    SPANS, PAIRS, STEPS, SECTIONS = tile.key_spans, tile.key_pairs, tile.key_steps, tile.sections
+    APART, SIZE = tile.rows_apart, tile.section_tokens
+
+    def word(span, lane):
+        """The word of every token's key that a lane takes; the last one where there is none."""
+        return T.min(4 * span + lane % 4, D // W - 1)
+
+    @T.macro
+    def scores(q_pair, gain, k_code, k_scale, k_zero, page, head, at, left, score):
+        q_zero = T.sblock_alloc_buffer((LANES, 4), "float32")
+        zero_of = T.sblock_alloc_buffer((LANES, SECTIONS, 2), "float32")
+        dot = T.sblock_alloc_buffer((LANES, tile.matrices * 2), "float32")
+        for lane, e in T.grid(LANES, 4):
+            with T.sblock("q_zero_start"):
+                vl, ve = T.axis.remap("SS", [lane, e])
+                q_zero[vl, ve] = T.float32(0)
+        for u, lane, e in T.grid(tile.matrices // 2, LANES, 4):
+            with T.sblock("dot_start"):
+                vu, vl, ve = T.axis.remap("SSS", [u, lane, e])
+                dot[vl, vu * 4 + ve] = T.float32(0)
+        for s in range(SPANS):
+            with T.sblock("key_span"):
+                vs = T.axis.reduce(SPANS, s)
+                words = T.sblock_alloc_buffer((LANES, tile.matrices), "uint32")
+                zeros = T.sblock_alloc_buffer((LANES, W), "float16")
+                scales = T.sblock_alloc_buffer((LANES, SECTIONS, W), "float16")
+                for lane, section, x in T.grid(LANES, SECTIONS, APART):
+                    with T.sblock("key_word"):
+                        vl, vc, vx = T.axis.remap("SSS", [lane, section, x])
+                        words[vl, vc * APART + vx] = k_code[
+                            page[0],
+                            head,
+                            word(vs, vl),
+                            at + vc * SIZE + vl // 4 * APART + vx,
+                        ]
+                # Rows of A are sections here: the first lanes `g` hold one each.
+                for lane, o in T.grid(LANES, W):
+                    with T.sblock("key_zero"):
+                        vl, vo = T.axis.remap("SS", [lane, o])
+                        section = T.meta_var(T.min(vl // 4, SECTIONS - 1))
+                        zeros[vl, vo] = k_zero[
+                            page[0],
+                            head,
+                            (at + section * SIZE) // G_k,
+                            word(vs, vl) * W + vo,
+                        ]
+                for section, lane, o in T.grid(SECTIONS, LANES, W):
+                    with T.sblock("key_scale"):
+                        vc, vl, vo = T.axis.remap("SSS", [section, lane, o])
+                        scales[vl, vc, vo] = k_scale[
+                            page[0], head, (at + vc * SIZE) // G_k, word(vs, vl) * W + vo
+                        ]
+                # Products in a row go into different sums: none waits for the one before.
+                for j in range(STEPS):
+                    with T.sblock("key_step"):
+                        vj = T.axis.reduce(STEPS, j)
+                        zero_pair = T.sblock_alloc_buffer((LANES, 4), "uint32")
+                        for lane, r in T.grid(LANES, 4):
+                            with T.sblock("key_zero_pair"):
+                                vl, vr = T.axis.remap("SS", [lane, r])
+                                pair = T.meta_var(2 * vj + vr // 2)
+                                zero_pair[vl, vr] = T.Select(
+                                    vr % 2 == 0,
+                                    pair_of(zeros[vl, pair], zeros[vl, pair + PAIRS]),
+                                    T.uint32(0),
+                                )
+                        for m, n, k in T.grid(ROWS, QUERIES, DEPTH):
+                            with T.sblock("q_zero"):
+                                vm, vn, vk = T.axis.remap("SSR", [m, n, k])
+                                q_zero[c_lane(vm, vn), c_register(vm, vn)] = q_zero[
+                                    c_lane(vm, vn), c_register(vm, vn)
+                                ] + product(
+                                    lambda lane, r: zero_pair[lane, r],
+                                    lambda lane, r: q_pair[lane, (vs * STEPS + vj) * 2 + r],
+                                    vm,
+                                    vn,
+                                    vk,
+                                )
+                        q_low = T.sblock_alloc_buffer((LANES, 2), "uint32")
+                        for lane, r in T.grid(LANES, 2):
+                            with T.sblock("q_low"):
+                                vl, vr = T.axis.remap("SS", [lane, r])
+                                _, at_bit = T.meta_var(position(bits, 2 * vj + vr))
+                                q_low[vl, vr] = pair_product(
+                                    q_pair[vl, (vs * STEPS + vj) * 2 + vr], power_pair(-at_bit)
+                                )
+                        for section in range(SECTIONS):
+                            with T.sblock("section"):
+                                vc = T.axis.spatial(SECTIONS, section)
+                                q_key = T.sblock_alloc_buffer((LANES, 2), "uint32")
+                                for lane, r in T.grid(LANES, 2):
+                                    with T.sblock("q_key"):
+                                        vl, vr = T.axis.remap("SS", [lane, r])
+                                        pair = T.meta_var(2 * vj + vr)
+                                        q_key[vl, vr] = pair_product(
+                                            q_low[vl, vr],
+                                            pair_of(
+                                                scales[vl, vc, pair], scales[vl, vc, pair + PAIRS]
+                                            ),
+                                        )
+                                for u in range(APART // 2):
+                                    with T.sblock("key_product"):
+                                        vu = T.axis.spatial(APART // 2, u)
+                                        at_u = T.meta_var(vc * (APART // 2) + vu)
+                                        code = T.sblock_alloc_buffer((LANES, 4), "uint32")
+                                        for lane, r in T.grid(LANES, 4):
+                                            with T.sblock("key_code"):
+                                                vl, vr = T.axis.remap("SS", [lane, r])
+                                                code[vl, vr] = code_pair(
+                                                    words[vl, 2 * at_u + vr % 2],
+                                                    bits,
+                                                    2 * vj + vr // 2,
+                                                )
+                                        for m, n, k in T.grid(ROWS, QUERIES, DEPTH):
+                                            with T.sblock("dot"):
+                                                vm, vn, vk = T.axis.remap("SSR", [m, n, k])
+                                                dot[c_lane(vm, vn), at_u * 4 + c_register(vm, vn)] = dot[
+                                                    c_lane(vm, vn), at_u * 4 + c_register(vm, vn)
+                                                ] + product(
+                                                    lambda lane, r: code[lane, r],
+                                                    lambda lane, r: q_key[lane, r],
+                                                    vm,
+                                                    vn,
+                                                    vk,
+                                                )
+        for section, lane, e in T.grid(SECTIONS, LANES, 2):
+            with T.sblock("key_zero_of"):
+                vc, vl, ve = T.axis.remap("SSS", [section, lane, e])
+                zero_of[vl, vc, ve] = q_zero[vc * 4 + vl % 4, ve]
+        for x, lane, e in T.grid(tile.matrices, LANES, 2):
+            with T.sblock("score"):
+                vx, vl, ve = T.axis.remap("SSS", [x, lane, e])
+                score[vl, vx, ve] = T.Select(
+                    tile.token(vx, vl // 4) < left,
+                    (dot[vl, vx * 2 + ve] * T.float32(CODE_UNIT) + zero_of[vl, vx // APART, ve])
+                    * gain[vl, ve],
+                    T.min_value("float32"),
+                )
+
+    return scores
+
+
+def output_blocks(key: KernelKey):
+    """`acc += sum_t (p_t s_t) code_t`, `zero_acc += sum_t p_t z_t` over a tile's `left` tokens.
+
+    `prob_pair [lane, matrix]` are the registers of B: pairs of tokens, a query per lane `g`.
+    """
+    tile = HalfTile(key)
+    W, bits = key.value_codes_per_word, key.value_bits
+    APART, SIZE, RUN = tile.rows_apart, tile.section_tokens, 2 * tile.rows_apart
+    STEPS, GROUPS, BLOCKS = tile.matrices // 2, tile.value_groups, tile.value_blocks
+    CHANNELS, PRODUCTS, SECTIONS = tile.channels_apart, tile.value_rows, tile.sections
+    GROUP_ROWS, OF_GROUP, UNIT = -(-GROUPS // QUERIES), PRODUCTS // GROUPS, tile.unit_tokens // QUERIES
+
+    def shift(matrix):
+        """Where a matrix's pair of codes is in a byte."""
+        _, at = position(bits, matrix % UNIT)
+        return at
+
+    @T.macro
+    def outputs(prob_pair, v_code, v_scale, v_zero, page, head, at, left, acc, zero_acc):
+        words = T.sblock_alloc_buffer((LANES, tile.units, BLOCKS, CHANNELS), "uint32")
+        for u, y, lane, o in T.grid(tile.units, BLOCKS, LANES, CHANNELS):
+            with T.sblock("value_word"):
+                vu, vy, vl, vo = T.axis.remap("SSSS", [u, y, lane, o])
+                words[vl, vu, vy, vo] = v_code[
+                    page[0],
+                    head,
+                    (at + vu * tile.unit_tokens) // W + vl % 4,
+                    (vy * QUERIES + vl // 4) * CHANNELS + vo,
+                ]
+        for section in range(SECTIONS):
+            with T.sblock("value_section"):
+                vc = T.axis.reduce(SECTIONS, section)
+                scales = T.sblock_alloc_buffer((LANES, GROUPS, RUN), "float16")
+                zeros = T.sblock_alloc_buffer((LANES, GROUP_ROWS, RUN), "float16")
+                valid = T.sblock_alloc_buffer((LANES, APART), "uint32")
+                for g, lane, o in T.grid(GROUPS, LANES, RUN):
+                    with T.sblock("value_scale"):
+                        vg, vl, vo = T.axis.remap("SSS", [g, lane, o])
+                        scales[vl, vg, vo] = v_scale[
+                            page[0], head, vg, at + vc * SIZE + vl % 4 * RUN + vo
+                        ]
+                # Rows of A are groups of channels here.
+                for g, lane, o in T.grid(GROUP_ROWS, LANES, RUN):
+                    with T.sblock("value_zero"):
+                        vg, vl, vo = T.axis.remap("SSS", [g, lane, o])
+                        zeros[vl, vg, vo] = v_zero[
+                            page[0],
+                            head,
+                            T.min(vg * QUERIES + vl // 4, GROUPS - 1),
+                            at + vc * SIZE + vl % 4 * RUN + vo,
+                        ]
+                for x, lane in T.grid(APART, LANES):
+                    with T.sblock("valid"):
+                        vx, vl = T.axis.remap("SS", [x, lane])
+                        low = T.meta_var(tile.token(vc * APART + vx, vl % 4 * 2) < left)
+                        high = T.meta_var(tile.token(vc * APART + vx, vl % 4 * 2 + 1) < left)
+                        valid[vl, vx] = T.Select(low, T.uint32(0xFFFF), T.uint32(0)) | T.Select(
+                            high, T.uint32(0xFFFF0000), T.uint32(0)
+                        )
+                for k in range(APART // 2):
+                    with T.sblock("value_step"):
+                        vk = T.axis.reduce(APART // 2, k)
+                        at_k = T.meta_var(vc * (APART // 2) + vk)
+                        zero_pair = T.sblock_alloc_buffer((LANES, 4), "uint32")
+                        prob_low = T.sblock_alloc_buffer((LANES, 2), "uint32")
+                        for lane, r in T.grid(LANES, 4):
+                            with T.sblock("value_zero_pair"):
+                                vl, vr = T.axis.remap("SS", [lane, r])
+                                inside = T.meta_var(2 * vk + vr // 2)
+                                row = T.meta_var(vr % 2 if GROUP_ROWS == 2 else 0)
+                                zero_pair[vl, vr] = T.Select(
+                                    vr % 2 < GROUP_ROWS,
+                                    pair_of(
+                                        zeros[vl, row, inside],
+                                        zeros[vl, row, APART + inside],
+                                    )
+                                    & valid[vl, inside],
+                                    T.uint32(0),
+                                )
+                        for m, n, d in T.grid(ROWS, QUERIES, DEPTH):
+                            with T.sblock("out_zero"):
+                                vm, vn, vd = T.axis.remap("SSR", [m, n, d])
+                                zero_acc[c_lane(vm, vn), c_register(vm, vn)] = zero_acc[
+                                    c_lane(vm, vn), c_register(vm, vn)
+                                ] + product(
+                                    lambda lane, r: zero_pair[lane, r],
+                                    lambda lane, r: prob_pair[lane, 2 * at_k + r],
+                                    vm,
+                                    vn,
+                                    vd,
+                                )
+                        for lane, r in T.grid(LANES, 2):
+                            with T.sblock("prob_low"):
+                                vl, vr = T.axis.remap("SS", [lane, r])
+                                prob_low[vl, vr] = pair_product(
+                                    prob_pair[vl, 2 * at_k + vr], power_pair(-shift(2 * at_k + vr))
+                                )
+                        for g in range(GROUPS):
+                            with T.sblock("value_group"):
+                                vg = T.axis.spatial(GROUPS, g)
+                                prob_fold = T.sblock_alloc_buffer((LANES, 2), "uint32")
+                                for lane, r in T.grid(LANES, 2):
+                                    with T.sblock("prob_fold"):
+                                        vl, vr = T.axis.remap("SS", [lane, r])
+                                        inside = T.meta_var(2 * vk + vr)
+                                        prob_fold[vl, vr] = pair_product(
+                                            prob_low[vl, vr],
+                                            pair_of(
+                                                scales[vl, vg, inside],
+                                                scales[vl, vg, APART + inside],
+                                            )
+                                            & valid[vl, inside],
+                                        )
+                                for t in range(OF_GROUP):
+                                    with T.sblock("value_product"):
+                                        vt = T.axis.spatial(OF_GROUP, t)
+                                        at_t = T.meta_var(vg * OF_GROUP + vt)
+                                        code = T.sblock_alloc_buffer((LANES, 4), "uint32")
+                                        for lane, r in T.grid(LANES, 4):
+                                            with T.sblock("value_code"):
+                                                vl, vr = T.axis.remap("SS", [lane, r])
+                                                matrix = T.meta_var(2 * at_k + vr // 2)
+                                                code[vl, vr] = code_pair(
+                                                    words[
+                                                        vl,
+                                                        matrix // UNIT,
+                                                        tile.block(at_t),
+                                                        tile.place(at_t, vr % 2),
+                                                    ],
+                                                    bits,
+                                                    matrix % UNIT,
+                                                )
+                                        for m, n, d in T.grid(ROWS, QUERIES, DEPTH):
+                                            with T.sblock("out"):
+                                                vm, vn, vd = T.axis.remap("SSR", [m, n, d])
+                                                acc[c_lane(vm, vn), at_t * 4 + c_register(vm, vn)] = acc[
+                                                    c_lane(vm, vn), at_t * 4 + c_register(vm, vn)
+                                                ] + product(
+                                                    lambda lane, r: code[lane, r],
+                                                    lambda lane, r: prob_fold[lane, r],
+                                                    vm,
+                                                    vn,
+                                                    vd,
+                                                )
+
+    return outputs

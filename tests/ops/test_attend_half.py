@@ -1,0 +1,104 @@
+"""`attend` in mode "half": as its operator says, as its CUDA source says, and on tensor cores.
+
+On a CPU the operator is compiled as it is, its mathematics with the registers of lanes as arrays;
+and its CUDA source is run by `emulated_cuda`, instructions of warps included.
+"""
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import configurations
+import pytest
+import tvm
+from configurations import FEW, HALF, config_id
+from emulated_cuda import EmulatedLibrary
+from inputs import ATTENDED_DATA
+from ops import half_attention, test_attend
+from tolerance import relative_l2
+from tvm.target import Target
+
+from kivi_tvm import targets
+from kivi_tvm.lowering import compile_module
+from kivi_tvm.ops.attend import attend
+
+SOME = HALF[::5]
+
+
+@pytest.fixture(autouse=True, params=["operator", "source"])
+def kernels(request, monkeypatch):
+    """Let `test_attend.check` take the kernels of mode "half"."""
+    where = request.config.getoption("--kernels")
+    if where == "opencl" or (where == "cuda" and request.param == "source"):
+        pytest.skip("needs a CPU" if where == "cuda" else "needs a CPU or tensor cores")
+    kernel = gpu_kernel if where == "cuda" else KERNELS[request.param]
+    monkeypatch.setattr(test_attend, "kernel", kernel)
+
+
+def gpu_kernel(cfg):
+    return configurations.library(cfg)["attend"]
+
+
+def plain_kernel(cfg):
+    return compiled(cfg.kernel_key())
+
+
+@cache
+def compiled(key):
+    module = tvm.IRModule({"attend": attend(key).with_attr("global_symbol", "attend")})
+    # Further optimization by LLVM 22 gives wrong sums with AVX-512, and right ones without.
+    target = {**targets.as_dict(targets.resolve("native")), "opt-level": 1}
+    return compile_module(module, Target(target))["attend"]
+
+
+def emulated_kernel(cfg):
+    return EmulatedLibrary(cfg.kernel_key())["attend"]
+
+
+KERNELS = {"operator": plain_kernel, "source": cache(emulated_kernel)}
+
+
+@pytest.mark.parametrize("cfg", HALF, ids=config_id)
+def test_ragged_rows(cfg):
+    R, split = cfg.R, cfg.kernel_key().split_tokens
+    test_attend.check(cfg, [500, None, R + 1, R + 31, 0, R, R + split + 63])
+
+
+@pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.parametrize("cfg", SOME, ids=config_id)
+def test_rounds_as_it_says(cfg, data):
+    """Ten times closer to the same rounding in torch than to exact attention.
+
+    Of many products a few fall on the other side of a half: a unit of 2^-11.
+    """
+    lengths = [cfg.R + cfg.kernel_key().split_tokens + 63, cfg.R + 1, cfg.R + 200]
+    _, inputs, parts = test_attend.check(cfg, lengths, data)
+    for row, length in enumerate(lengths):
+        k, v = (x[row, :, :length].float() for x in (inputs.k, inputs.v))
+        expected = half_attention.attended(cfg, inputs.q[0, row].float(), k, v, cfg.D**-0.5)
+        for index, (out, lse) in enumerate(expected):
+            top, total = parts.stat[row, :, index].unbind(-1)
+            assert relative_l2(parts.acc[row, :, index] / total[:, None], out) < 2e-4
+            assert relative_l2((top + total.log2()) * math.log(2), lse) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("k", 2.0**-7), ("k", 2.0**6), ("k", 2.0**12), ("v", 2.0**-12), ("v", 2.0**12)],
+)
+def test_any_size_of_keys_and_values(name, size, monkeypatch):
+    """float16 holds the products with scales of any size that models have.
+
+    Below 2^-8 of the size of normal keys the products of those with queries become subnormal.
+    """
+    cfg = replace(FEW[0], compute="half", page_size=64)
+    plain = test_attend.draw
+
+    def draw(*args, **kwargs):
+        inputs = plain(*args, **kwargs)
+        getattr(inputs, name).mul_(size)
+        return inputs
+
+    monkeypatch.setattr(test_attend, "draw", draw)
+    scale = cfg.D**-0.5 / (size if name == "k" else 1)
+    test_attend.check(cfg, [cfg.R + 1100], scale=scale)
