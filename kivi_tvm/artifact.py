@@ -14,7 +14,14 @@ from kivi_tvm.errors import UserError
 from kivi_tvm.host import Platform
 from kivi_tvm.manifest import Manifest, manifest_problems, parse_manifest
 
-__all__ = ["ArtifactError", "Manifest", "manifest_path", "read_artifact", "write_artifact"]
+__all__ = [
+    "ArtifactError",
+    "Manifest",
+    "describe_artifact",
+    "manifest_path",
+    "read_artifact",
+    "write_artifact",
+]
 
 # ELF64, little endian; `e_machine` of the System V ABI supplements.
 _ELF_IDENT = b"\x7fELF\x02\x01"
@@ -104,6 +111,33 @@ def read_artifact(path: Path) -> tuple[Path, Manifest]:
     return path, manifest
 
 
+def describe_artifact(path: Path) -> tuple[Manifest, list[str]]:
+    """The manifest of an artifact for any machine, and what is wrong with its library.
+
+    Parameters
+    ----------
+    path : Path
+        The library, NAME.so, with NAME.json beside it; it is not opened.
+
+    Returns
+    -------
+    tuple of Manifest and list of str
+        The manifest, and why the library is not the one that it describes.
+
+    Raises
+    ------
+    ArtifactError
+        The file is no library, or its manifest is missing or damaged.
+    """
+    path = Path(path).absolute()
+    _, problems = _elf_machine(path)
+    readable = not problems
+    manifest, found = _read_manifest(manifest_path(path))
+    if manifest is None or not readable:
+        raise ArtifactError(f"not an artifact: {path}: " + "; ".join(problems + found))
+    return manifest, _content_problems(path, manifest)
+
+
 def _read_manifest(path: Path) -> tuple[Manifest | None, list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -115,25 +149,35 @@ def _read_manifest(path: Path) -> tuple[Manifest | None, list[str]]:
 
 def _library_problems(path: Path) -> list[str]:
     """Why the file can not be a library of this machine, from its header alone."""
+    machine, problems = _elf_machine(path)
+    here = Platform.here()
+    expected = _ELF_MACHINES.get(here.machine, machine)
+    if not problems and machine != expected:
+        return [f"the library must be for ELF machine {expected} ({here.machine}), got {machine}"]
+    return problems
+
+
+def _elf_machine(path: Path) -> tuple[int | None, list[str]]:
+    """The machine that a library is for, or why the file is no library.
+
+    None where the system does not use ELF.
+    """
     if path.suffix != ".so":
-        return ["the name must end in .so"]
+        return None, ["the name must end in .so"]
     try:
         with path.open("rb") as file:
             header = file.read(20)
     except OSError as error:
-        return [f"the library cannot be read: {_reason(error)}"]
-    here = Platform.here()
-    if here.system != "Linux":
-        return []
+        return None, [f"the library cannot be read: {_reason(error)}"]
+    if Platform.here().system != "Linux":
+        return None, []
     if len(header) < 20 or not header.startswith(_ELF_IDENT):
-        return [f"the library must be a 64-bit little-endian ELF file, got {header[:6]!r}..."]
+        got = f"got {header[:6]!r}..."
+        return None, [f"the library must be a 64-bit little-endian ELF file, {got}"]
     kind, machine = struct.unpack_from("<HH", header, 16)
     if kind != _ELF_SHARED_OBJECT:
-        return [f"the library must be an ELF shared object (3), got type {kind}"]
-    expected = _ELF_MACHINES.get(here.machine, machine)
-    if machine != expected:
-        return [f"the library must be for ELF machine {expected} ({here.machine}), got {machine}"]
-    return []
+        return None, [f"the library must be an ELF shared object (3), got type {kind}"]
+    return machine, []
 
 
 def _content_problems(path: Path, manifest: Manifest) -> list[str]:

@@ -19,7 +19,7 @@ from kivi_tvm.host import find_cxx
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
-from kivi_tvm.ops import FUNCTIONS, OPS
+from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, OPS
 from kivi_tvm.schedules import offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
@@ -56,6 +56,11 @@ class CompiledKernels:
         )
 
 
+def functions(target: Target) -> dict[str, tuple[str, bool]]:
+    """The functions of a module for a target, as in `FUNCTIONS`."""
+    return FUNCTIONS | (GPU_FUNCTIONS if target.kind.name in targets.GPU_KINDS else {})
+
+
 class Scheduler:
     """Makes and schedules the function `name` of `FUNCTIONS`, with any decisions.
 
@@ -72,7 +77,7 @@ class Scheduler:
 
     def __init__(self, name: str, key: KernelKey, target: Target) -> None:
         self._name = name
-        self._op, extends = FUNCTIONS[name]
+        self._op, extends = functions(target)[name]
         self._key = replace(key, rows_per_query=key.extend_rows) if extends else key
         self._hardware = targets.hardware(target)
         self._offers = offers(self._op, self._hardware, self._key)
@@ -183,7 +188,7 @@ def scheduled_module(
     return tvm.IRModule(
         {
             name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
-            for name in FUNCTIONS
+            for name in functions(target)
         }
     )
 
@@ -232,7 +237,7 @@ def compile_kernels(
         key,
         target,
         executable,
-        sources={name: "tuned" if name in tuned else "default" for name in FUNCTIONS},
+        sources={name: "tuned" if name in tuned else "default" for name in functions(target)},
         tuning=used,
     )
 

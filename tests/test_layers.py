@@ -12,7 +12,22 @@ import kivi_tvm
 PACKAGE = Path(kivi_tvm.__file__).parent
 # The modules of one line may import each other and those of the lines above.
 LAYERS = [
-    {"config", "cpu", "cuda", "errors", "host", "layout", "notices", "pictures", "target_names"},
+    {
+        "config",
+        "control_flow",
+        "cpu",
+        "cuda",
+        "cuda_tools",
+        "errors",
+        "host",
+        "instruction_counts",
+        "layout",
+        "machine_code",
+        "notices",
+        "occupancy",
+        "pictures",
+        "target_names",
+    },
     {"reference", "workloads", "geometry", "targets", "ops"},
     {"schedules"},
     {"database", "database_files", "tuning_record"},

@@ -20,6 +20,7 @@ COMMANDS = {
     "tune": "search for faster schedules on a device, and keep what is found",
     "bench": "measure kernels, call overhead and generation against other implementations",
     "eval": "compare predictions of cache settings with those at full precision",
+    "inspect": "show what a compiled artifact holds, and its CUDA machine code",
     "info": "show paths, versions, compiler, devices, and what is cached and tuned",
 }
 USER_ERROR_STATUS = 2

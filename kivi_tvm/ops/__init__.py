@@ -15,6 +15,7 @@ from kivi_tvm.ops.attend import attend
 from kivi_tvm.ops.attend_new import attend_new
 from kivi_tvm.ops.attend_window import attend_window
 from kivi_tvm.ops.combine import combine
+from kivi_tvm.ops.combine_window import combine_window
 from kivi_tvm.ops.dequantize_key import dequantize_key
 from kivi_tvm.ops.dequantize_value import dequantize_value
 from kivi_tvm.ops.fill_window import fill_window
@@ -32,6 +33,7 @@ OPS: dict[str, Operator] = {
     "attend_new": attend_new,
     "attend_window": attend_window,
     "combine": combine,
+    "combine_window": combine_window,
     "dequantize_key": dequantize_key,
     "dequantize_value": dequantize_value,
     "fill_window": fill_window,
@@ -42,8 +44,10 @@ OPS: dict[str, Operator] = {
 # Every function of a compiled module: its operator, and whether it takes the queries of several
 # new tokens (`KernelKey.extend_rows`) instead of one.
 FUNCTIONS: dict[str, tuple[str, bool]] = {
-    **{name: (name, False) for name in OPS if name != "attend_new"},
+    **{name: (name, False) for name in OPS if name not in ("attend_new", "combine_window")},
     "extend_attend": ("attend", True),
     "extend_window": ("attend_window", True),
     "extend_new": ("attend_new", True),
 }
+# Further ones of modules for GPUs.
+GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}

@@ -101,8 +101,12 @@ def softmax_blocks(M: int, C: int):
     return softmax
 
 
-def merge_blocks(M: int, D: int):
-    """Fold a chunk's maximum, sum and accumulator into the running state."""
+def merge_blocks(M: int, D: int, of: str = ""):
+    """Fold a chunk's maximum, sum and accumulator into the running state.
+
+    The names of the blocks end in `of`, where a function has several such.
+    """
+    names = [name + of for name in ("new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc")]
 
     @T.macro
     def merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc):
@@ -112,26 +116,26 @@ def merge_blocks(M: int, D: int):
         keep = T.sblock_alloc_buffer((M,), "float32")
         gain = T.sblock_alloc_buffer((M,), "float32")
         for m in range(M):
-            with T.sblock("new_stat"):
+            with T.sblock(names[0]):
                 vm = T.axis.spatial(M, m)
                 new_max[vm] = T.max(run_max[vm], chunk_max[vm])
                 keep[vm] = exp2(run_max[vm] - T.max(run_max[vm], chunk_max[vm]))
                 gain[vm] = exp2(chunk_max[vm] - T.max(run_max[vm], chunk_max[vm]))
         for m in range(M):
-            with T.sblock("new_sum"):
+            with T.sblock(names[1]):
                 vm = T.axis.spatial(M, m)
                 new_sum[vm] = run_sum[vm] * keep[vm] + chunk_sum[vm] * gain[vm]
         for m, d in T.grid(M, D):
-            with T.sblock("new_acc"):
+            with T.sblock(names[2]):
                 vm, vd = T.axis.remap("SS", [m, d])
                 new_acc[vm, vd] = run_acc[vm, vd] * keep[vm] + chunk_acc[vm, vd] * gain[vm]
         for m in range(M):
-            with T.sblock("keep_stat"):
+            with T.sblock(names[3]):
                 vm = T.axis.spatial(M, m)
                 run_max[vm] = new_max[vm]
                 run_sum[vm] = new_sum[vm]
         for m, d in T.grid(M, D):
-            with T.sblock("keep_acc"):
+            with T.sblock(names[4]):
                 vm, vd = T.axis.remap("SS", [m, d])
                 run_acc[vm, vd] = new_acc[vm, vd]
 

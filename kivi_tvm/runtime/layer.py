@@ -71,6 +71,8 @@ class CacheLayer:
         self._attend_args = _frozen(*keys, *values, *tables, rows.slots)
         self._window_args = _frozen(k_ring, v_ring, rows.state, rows.slots)
         self._row_args = _frozen(rows.state, rows.slots)
+        # a launch costs more than the window does
+        self._combine_window = cache.kernels["combine_window"] if cache.device.type == "cuda" else None
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -225,10 +227,13 @@ class CacheLayer:
             parts, work = space.parts, space.work
             if work is not None:
                 kernels["attend"](*self._attend_args, work, q, scale, *parts)
-            kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
-            if self._sink_args:
-                kernels["attend_window"](*self._sink_args, q, scale, 2, *parts)
-            kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
+            if self._combine_window and not self._sink_args:
+                self._combine_window(*self._window_args, q, scale, space.split, *parts, out, lse)
+            else:
+                kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
+                if self._sink_args:
+                    kernels["attend_window"](*self._sink_args, q, scale, 2, *parts)
+                kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
         except BaseException:
             self._put_windows(saved)
             cache.abandon(began)

@@ -126,9 +126,12 @@ class Rows:
 
     @outside_inference_mode
     def grow(self, capacity: int) -> None:
-        """Make slots up to `capacity` available."""
-        shape = (capacity, len(layout.STATE_FIELDS))
-        tensors = [torch.zeros(shape, dtype=torch.int32, device=self._device) for _ in range(4)]
+        """Make slots up to `capacity` available.
+
+        A GPU meets rows without a slot as well: for number -1 there is a line of zeros before all.
+        """
+        shape = (1 + capacity, len(layout.STATE_FIELDS))
+        tensors = [torch.zeros(shape, dtype=torch.int32, device=self._device)[1:] for _ in range(4)]
         tensors[0][: self.capacity] = self.state
         tensors[2][: self.capacity] = self.sink_state
         self.state, self.state_before, self.sink_state, self.sink_state_before = tensors

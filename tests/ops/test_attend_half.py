@@ -10,17 +10,13 @@ from functools import cache
 
 import configurations
 import pytest
-import tvm
 from configurations import FEW, HALF, config_id
 from emulated_cuda import EmulatedLibrary
 from inputs import ATTENDED_DATA
 from ops import half_attention, test_attend
+from ops.plain import plain_kernel
 from tolerance import relative_l2
-from tvm.target import Target
 
-from kivi_tvm import targets
-from kivi_tvm.lowering import compile_module
-from kivi_tvm.ops.attend import attend
 
 SOME = HALF[::5]
 
@@ -39,23 +35,15 @@ def gpu_kernel(cfg):
     return configurations.library(cfg)["attend"]
 
 
-def plain_kernel(cfg):
-    return compiled(cfg.kernel_key())
-
-
-@cache
-def compiled(key):
-    module = tvm.IRModule({"attend": attend(key).with_attr("global_symbol", "attend")})
-    # Further optimization by LLVM 22 gives wrong sums with AVX-512, and right ones without.
-    target = {**targets.as_dict(targets.resolve("native")), "opt-level": 1}
-    return compile_module(module, Target(target))["attend"]
+def plain(cfg):
+    return plain_kernel("attend", cfg.kernel_key())
 
 
 def emulated_kernel(cfg):
     return EmulatedLibrary(cfg.kernel_key())["attend"]
 
 
-KERNELS = {"operator": plain_kernel, "source": cache(emulated_kernel)}
+KERNELS = {"operator": plain, "source": cache(emulated_kernel)}
 
 
 @pytest.mark.parametrize("cfg", HALF, ids=config_id)

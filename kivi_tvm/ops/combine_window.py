@@ -1,0 +1,256 @@
+"""Attend to the window and merge the partial results of the splits: the end of a decode step.
+
+`attend_window` and `combine` in one function, for devices on which a launch costs more than either:
+the window of a row is one chunk after the other, and so are the splits' partial results, each as
+if it were a token whose weight is its sum and whose value is its accumulator:
+
+    m = max_x m_x,  l = sum_x l_x 2^(m_x - m),  out = sum_x acc_x 2^(m_x - m) / l
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm.script import tirx as T
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import LENGTH, PACKED_VALUES
+from kivi_tvm.ops.online_softmax import LOG2_E, merge_blocks, softmax_blocks, start_blocks
+
+WINDOW_CHUNK = 128  # tokens whose scores are held at once
+PART_CHUNK = 32  # partial results
+
+
+def combine_window(key: KernelKey, chunk_tokens: int = WINDOW_CHUNK):
+    """The output and log-sum-exp of every row from its window and its splits' partial results.
+
+    Parameters
+    ----------
+    key : KernelKey
+    chunk_tokens : int
+        Tokens of the window whose scores are held at once.
+
+    Returns
+    -------
+    PrimFunc
+        `(k_ring, v_ring [S, H_kv, ring, D], state [S, 4], slots [B], q [B, H, D], scale, split,
+        part_acc [B, H, X, D], part_stat [B, H, X, 2], out [B, H, D], lse [B, H] float32)`. The
+        row's `ceil(packed_values / split)` first entries are read. Rows with slot -1 give out 0 and
+        lse -inf.
+    """
+    D, C, X_C, dtype, M = key.head_dim, chunk_tokens, PART_CHUNK, key.dtype, key.queries_per_kv
+    start, softmax = start_blocks(1, D), softmax_blocks(1, C)
+    merge, merge_parts = merge_blocks(1, D), merge_blocks(1, D, "_parts")
+
+    @T.prim_func(s_tir=True)
+    def combine_window(
+        k_ring_handle: T.handle,
+        v_ring_handle: T.handle,
+        state_handle: T.handle,
+        slots_handle: T.handle,
+        q_handle: T.handle,
+        scale: T.float32,
+        split: T.int32,
+        part_acc_handle: T.handle,
+        part_stat_handle: T.handle,
+        out_handle: T.handle,
+        lse_handle: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        B, H_kv, S, X, ring = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        q_row, q_head, out_row, out_head = T.int32(), T.int32(), T.int32(), T.int32()
+        k_ring = T.match_buffer(k_ring_handle, (S, H_kv, ring, D), dtype)
+        v_ring = T.match_buffer(v_ring_handle, (S, H_kv, ring, D), dtype)
+        state = T.match_buffer(state_handle, (S, 4), "int32")
+        slots = T.match_buffer(slots_handle, (B,), "int32")
+        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
+        out = T.match_buffer(out_handle, (B, H_kv * M, D), dtype, strides=(out_row, out_head, 1))
+        lse = T.match_buffer(lse_handle, (B, H_kv * M), "float32")
+        for b, h in T.grid(B, H_kv * M):
+            with T.sblock("head"):
+                vb, vh = T.axis.remap("SS", [b, h])
+                kv = T.meta_var(vh // M)
+                T.reads(
+                    k_ring[0:S, kv, 0:ring, 0:D],
+                    v_ring[0:S, kv, 0:ring, 0:D],
+                    state[0:S, 0:4],
+                    slots[vb],
+                    q[vb, vh, 0:D],
+                    part_acc[vb, vh, 0:X, 0:D],
+                    part_stat[vb, vh, 0:X, 0:2],
+                )
+                T.writes(out[vb, vh, 0:D], lse[vb, vh])
+                slot = T.sblock_alloc_buffer((1,), "int32")
+                oldest = T.sblock_alloc_buffer((1,), "int32")
+                count = T.sblock_alloc_buffer((1,), "int32")  # tokens of the window
+                entries = T.sblock_alloc_buffer((1,), "int32")
+                q_scaled = T.sblock_alloc_buffer((1, D), "float32")
+                run_max = T.sblock_alloc_buffer((1,), "float32")
+                run_sum = T.sblock_alloc_buffer((1,), "float32")
+                run_acc = T.sblock_alloc_buffer((1, D), "float32")
+                chunk_max = T.sblock_alloc_buffer((1,), "float32")
+                chunk_sum = T.sblock_alloc_buffer((1,), "float32")
+                chunk_acc = T.sblock_alloc_buffer((1, D), "float32")
+                part_max = T.sblock_alloc_buffer((1,), "float32")
+                part_sum = T.sblock_alloc_buffer((1,), "float32")
+                parts_acc = T.sblock_alloc_buffer((1, D), "float32")
+                with T.sblock("slot"):
+                    slot[0] = T.max(slots[vb], 0)
+                with T.sblock("oldest"):
+                    oldest[0] = state[slot[0], PACKED_VALUES] % ring
+                with T.sblock("count"):
+                    count[0] = T.Select(
+                        slots[vb] >= 0, state[slot[0], LENGTH] - state[slot[0], PACKED_VALUES], 0
+                    )
+                with T.sblock("entries"):
+                    entries[0] = T.Select(
+                        slots[vb] >= 0, T.ceildiv(state[slot[0], PACKED_VALUES], split), 0
+                    )
+                for m, d in T.grid(1, D):
+                    with T.sblock("q_scaled"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        q_scaled[vm, vd] = T.Cast("float32", q[vb, vh, vd]) * (
+                            scale * T.float32(LOG2_E)
+                        )
+                start(run_max, run_sum, run_acc)
+                for c in T.serial(T.ceildiv(count[0], C)):
+                    with T.sblock("chunk"):
+                        vc = T.axis.opaque(T.ceildiv(ring, C), c)
+                        T.reads(
+                            k_ring[0:S, kv, 0:ring, 0:D],
+                            v_ring[0:S, kv, 0:ring, 0:D],
+                            slot[0],
+                            oldest[0],
+                            count[0],
+                            q_scaled[0, 0:D],
+                        )
+                        T.writes(chunk_max[0], chunk_sum[0], chunk_acc[0, 0:D])
+                        source = T.sblock_alloc_buffer((C,), "int32")
+                        dot = T.sblock_alloc_buffer((1, C), "float32")
+                        score = T.sblock_alloc_buffer((1, C), "float32")
+                        prob = T.sblock_alloc_buffer((1, C), "float32")
+                        mass = T.sblock_alloc_buffer((1, C), "float32")
+                        acc = T.sblock_alloc_buffer((1, D), "float32")
+                        for t in range(C):
+                            with T.sblock("source"):
+                                vt = T.axis.spatial(C, t)
+                                at = T.meta_var(oldest[0] + T.min(vc * C + vt, count[0] - 1))
+                                source[vt] = at - T.Select(at >= ring, ring, 0)
+                        for m, t, d in T.grid(1, C, D):
+                            with T.sblock("dot"):
+                                vm, vt, vd = T.axis.remap("SSR", [m, t, d])
+                                with T.init():
+                                    dot[vm, vt] = T.float32(0)
+                                dot[vm, vt] += q_scaled[vm, vd] * T.Cast(
+                                    "float32", k_ring[slot[0], kv, source[vt], vd]
+                                )
+                        for m, t in T.grid(1, C):
+                            with T.sblock("score"):
+                                vm, vt = T.axis.remap("SS", [m, t])
+                                score[vm, vt] = T.Select(
+                                    vc * C + vt < count[0], dot[vm, vt], T.min_value("float32")
+                                )
+                        softmax(score, chunk_max, prob, chunk_sum)
+                        for m, t in T.grid(1, C):
+                            with T.sblock("mass"):
+                                vm, vt = T.axis.remap("SS", [m, t])
+                                mass[vm, vt] = T.Select(
+                                    vc * C + vt < count[0], prob[vm, vt], T.float32(0)
+                                )
+                        for m, d, t in T.grid(1, D, C):
+                            with T.sblock("acc"):
+                                vm, vd, vt = T.axis.remap("SSR", [m, d, t])
+                                with T.init():
+                                    acc[vm, vd] = T.float32(0)
+                                acc[vm, vd] += mass[vm, vt] * T.Cast(
+                                    "float32", v_ring[slot[0], kv, source[vt], vd]
+                                )
+                        for m, d in T.grid(1, D):
+                            with T.sblock("chunk_acc"):
+                                vm, vd = T.axis.remap("SS", [m, d])
+                                chunk_acc[vm, vd] = acc[vm, vd]
+                    with T.sblock("merge"):
+                        T.reads(
+                            run_max[0], run_sum[0], run_acc[0, 0:D],
+                            chunk_max[0], chunk_sum[0], chunk_acc[0, 0:D],
+                        )  # fmt: skip
+                        T.writes(run_max[0], run_sum[0], run_acc[0, 0:D])
+                        merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
+                for c in T.serial(T.ceildiv(entries[0], X_C)):
+                    with T.sblock("parts"):
+                        vc = T.axis.opaque(T.ceildiv(X, X_C), c)
+                        T.reads(
+                            part_acc[vb, vh, 0:X, 0:D], part_stat[vb, vh, 0:X, 0:2], entries[0]
+                        )
+                        T.writes(part_max[0], part_sum[0], parts_acc[0, 0:D])
+                        level = T.sblock_alloc_buffer((1, X_C), "float32")
+                        weight = T.sblock_alloc_buffer((1, X_C), "float32")
+                        parts = T.sblock_alloc_buffer((1, D), "float32")
+                        for m, x in T.grid(1, X_C):
+                            with T.sblock("level"):
+                                vm, vx = T.axis.remap("SS", [m, x])
+                                level[vm, vx] = T.if_then_else(
+                                    vc * X_C + vx < entries[0],
+                                    part_stat[vb, vh, vc * X_C + vx, 0],
+                                    T.min_value("float32"),
+                                )
+                        for m, x in T.grid(1, X_C):
+                            with T.sblock("part_max"):
+                                vm, vx = T.axis.remap("SR", [m, x])
+                                with T.init():
+                                    part_max[vm] = T.min_value("float32")
+                                part_max[vm] = T.max(part_max[vm], level[vm, vx])
+                        for m, x in T.grid(1, X_C):
+                            with T.sblock("weight"):
+                                vm, vx = T.axis.remap("SS", [m, x])
+                                weight[vm, vx] = T.exp2(level[vm, vx] - part_max[vm])
+                        for m, x in T.grid(1, X_C):
+                            with T.sblock("part_sum"):
+                                vm, vx = T.axis.remap("SR", [m, x])
+                                with T.init():
+                                    part_sum[vm] = T.float32(0)
+                                part_sum[vm] += weight[vm, vx] * T.if_then_else(
+                                    vc * X_C + vx < entries[0],
+                                    part_stat[vb, vh, vc * X_C + vx, 1],
+                                    T.float32(0),
+                                )
+                        for m, d, x in T.grid(1, D, X_C):
+                            with T.sblock("parts_of"):
+                                vm, vd, vx = T.axis.remap("SSR", [m, d, x])
+                                with T.init():
+                                    parts[vm, vd] = T.float32(0)
+                                parts[vm, vd] += weight[vm, vx] * T.if_then_else(
+                                    vc * X_C + vx < entries[0],
+                                    part_acc[vb, vh, vc * X_C + vx, vd],
+                                    T.float32(0),
+                                )
+                        for m, d in T.grid(1, D):
+                            with T.sblock("parts_acc"):
+                                vm, vd = T.axis.remap("SS", [m, d])
+                                parts_acc[vm, vd] = parts[vm, vd]
+                    with T.sblock("merge_parts"):
+                        T.reads(
+                            run_max[0], run_sum[0], run_acc[0, 0:D],
+                            part_max[0], part_sum[0], parts_acc[0, 0:D],
+                        )  # fmt: skip
+                        T.writes(run_max[0], run_sum[0], run_acc[0, 0:D])
+                        merge_parts(run_max, run_sum, run_acc, part_max, part_sum, parts_acc)
+                for m, d in T.grid(1, D):
+                    with T.sblock("out"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        out[vb, vh, vd] = T.Cast(
+                            dtype,
+                            T.Select(
+                                run_sum[vm] == T.float32(0),
+                                T.float32(0),
+                                run_acc[vm, vd] / run_sum[vm],
+                            ),
+                        )
+                for m in range(1):
+                    with T.sblock("lse"):
+                        vm = T.axis.spatial(1, m)
+                        lse[vb, vh] = (run_max[vm] + T.log2(run_sum[vm])) * T.float32(math.log(2))
+
+    return combine_window

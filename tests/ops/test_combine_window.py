@@ -1,0 +1,97 @@
+"""`combine_window` against float64 attention over the window and what partial results stand for."""
+
+import math
+
+import configurations
+import pytest
+import torch
+from configurations import CONFIGS, FEW, config_id
+from inputs import ATTENDED_DATA, draw, strided
+from ops.plain import plain_kernel
+from pools import Pool, poisoned
+from tolerance import assert_close
+
+NAMES = ("k_ring", "v_ring", "state", "slots")
+
+
+@pytest.fixture
+def kernel(request):
+    """The function of a configuration; on a CPU, where it has no schedule, the operator as it is."""
+    if request.config.getoption("--kernels") == "cpu":
+        return lambda cfg: plain_kernel("combine_window", cfg.kernel_key())
+    return lambda cfg: configurations.library(cfg)["combine_window"]
+
+
+def partial_results(cfg, pool, spread=3.0):
+    """Statistics and accumulators of every split, poisoned where there are none."""
+    split, B = cfg.kernel_key().split_tokens, len(pool.lengths)
+    counts = [-(-max(0, (length or 0) - cfg.R) // split) for length in pool.lengths]
+    entries = max(counts) + 2
+    acc = poisoned((B, cfg.H, entries, cfg.D), torch.float32)
+    stat = poisoned((B, cfg.H, entries, 2), torch.float32)
+    generator = torch.Generator().manual_seed(entries)
+    for row, count in enumerate(counts):
+        acc[row, :, :count] = torch.randn(cfg.H, count, cfg.D, generator=generator)
+        stat[row, :, :count, 0] = spread * torch.randn(cfg.H, count, generator=generator)
+        stat[row, :, :count, 1] = 1 + torch.rand(cfg.H, count, generator=generator)
+    return acc, stat, counts
+
+
+def expected(cfg, q, k, v, acc, stat, scale):
+    """Output `[H, D]` and log-sum-exp `[H]` in float64; `k, v [H_kv, t, D]` are the window."""
+    score = q.double().unflatten(0, (cfg.H_kv, -1)) @ k.double().mT * scale
+    score, value = score.flatten(0, 1), v.double().repeat_interleave(cfg.M, 0)
+    mass, level = stat[..., 1].double(), stat[..., 0].double() * math.log(2)
+    lse = torch.cat([score, level + mass.log()], 1).logsumexp(1)
+    out = torch.einsum("ht,htd->hd", (score - lse[:, None]).exp(), value)
+    return out + torch.einsum("hx,hxd->hd", (level - lse[:, None]).exp(), acc.double()), lse
+
+
+def check(cfg, kernel, lengths, data="normal", rollback=0, scale=None):
+    inputs = draw(cfg, max(n or 0 for n in lengths), lengths, data=data)
+    scale = cfg.D**-0.5 if scale is None else scale
+    pool = Pool(cfg, lengths, rollback)
+    pool.store_rings(inputs.k, inputs.v, write_back=False)
+    acc, stat, counts = partial_results(cfg, pool)
+    dtype = getattr(torch, cfg.dtype)
+    room = poisoned((cfg.H, len(lengths), cfg.D + 4), dtype)
+    out, lse = room[..., : cfg.D].movedim(0, 1), poisoned((len(lengths), cfg.H), torch.float32)
+    split = cfg.kernel_key().split_tokens
+    q = strided(inputs.q[0])
+    kernel(cfg)(*pool.args(*NAMES), q, scale, split, acc, stat, out, lse)
+    assert room[..., cfg.D :].isnan().all()
+    for row, length in enumerate(lengths):
+        if not length:
+            assert (out[row] == 0).all() and (lse[row] == -math.inf).all()
+            continue
+        window = slice(max(0, length - cfg.R), length)
+        k, v = inputs.k[row, :, window], inputs.v[row, :, window]
+        part = slice(counts[row])
+        want = expected(cfg, q[row], k, v, acc[row, :, part], stat[row, :, part], scale)
+        worst = want[1].abs().max().item()
+        assert_close(out[row], want[0], dtype, worst, what=f"row {row}")
+        assert_close(lse[row], want[1], torch.float32, worst, what=f"row {row} lse")
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=config_id)
+def test_ragged_rows(cfg, kernel):
+    R, split = cfg.R, cfg.kernel_key().split_tokens
+    check(cfg, kernel, [R + 3 * split, None, R + split + 1, 5, R + 1, 0, R - 1])
+
+
+@pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_data(cfg, kernel, data):
+    check(cfg, kernel, [cfg.R + 40, 33], data)
+
+
+@pytest.mark.parametrize("rollback", [1, 32])
+@pytest.mark.parametrize("cfg", FEW, ids=config_id)
+def test_slots_behind_the_window_are_not_read(cfg, kernel, rollback):
+    R = cfg.R
+    check(cfg, kernel, [R - 1, R, None, 2 * R + 33, 500], rollback=rollback, scale=-0.1)
+
+
+def test_more_partial_results_than_a_chunk(kernel):
+    cfg = FEW[0]
+    check(cfg, kernel, [cfg.R + 70 * cfg.kernel_key().split_tokens])
