@@ -16,11 +16,11 @@ from kivi_tvm import targets
 from kivi_tvm.config import KernelKey
 from kivi_tvm.database import Found, Record
 from kivi_tvm.host import find_cxx
-from kivi_tvm.lowering import compile_module
+from kivi_tvm.lowering import MIN_BLOCKS_ATTR, compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, OPS
-from kivi_tvm.schedules import offers, rule
+from kivi_tvm.schedules import min_blocks, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
 # Linked into every library, so that it can run on torch's threads.
@@ -185,12 +185,16 @@ def scheduled_module(
 ) -> tvm.IRModule:
     """Every function of `key` for `target`: those of `schedules`, the others by default."""
     given = schedules or {}
-    return tvm.IRModule(
-        {
-            name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
-            for name in functions(target)
-        }
-    )
+    found = {
+        name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
+        for name in functions(target)
+    }
+    if target.kind.name in targets.GPU_KINDS:
+        hardware = targets.hardware(target)
+        for name, (op, _) in functions(target).items():
+            blocks = min_blocks(op, hardware, key)
+            found[name] = found[name].with_attr(MIN_BLOCKS_ATTR, blocks)
+    return tvm.IRModule(found)
 
 
 def compile_kernels(

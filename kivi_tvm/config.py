@@ -277,9 +277,9 @@ class KiviConfig:
         """The mode that `compute` is, where there are dot products of bytes or tensor cores.
 
         "auto" is one of integers with the former, for at most 4 bits, and "half" with the latter,
-        unless the caches are float32: whoever asks for these wants the exact mode. A single int8 has 0.4 to 5% of the error of
-        2-bit codes on the data of `kivi-tvm bench attention`, 0.4 to 8% where only keys or values
-        have 2 bits, and up to 25% of that of 4-bit codes.
+        unless the caches are float32: whoever asks for these wants the exact mode. A single int8
+        has 0.4 to 5% of the error of 2-bit codes on the data of `kivi-tvm bench attention`, 0.4 to
+        8% where only keys or values have 2 bits, and up to 25% of that of 4-bit codes.
         """
         if self.compute != "auto":
             return self.compute

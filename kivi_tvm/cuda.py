@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-# Work-groups of a multiprocessor that a kernel leaves registers for.
+# Work-groups of a multiprocessor that a kernel leaves registers for, unless it says otherwise.
 MIN_BLOCKS = 3
 NEEDS_COMPILER = (
     "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
@@ -53,12 +54,20 @@ def known_architectures() -> tuple[str, ...]:
     return ()
 
 
-def with_launch_bounds(source: str) -> str:
+def with_launch_bounds(source: str, blocks: Mapping[str, int] | None = None) -> str:
     """A CUDA source whose kernels say how many of their work-groups are to fit at once.
 
     Where only the size of a work-group is known, ptxas may spill registers to fit more of them.
+    `blocks` has the number by the name of a function, for those that want another than
+    `MIN_BLOCKS`.
     """
-    return re.sub(r"__launch_bounds__\((\d+)\)", rf"__launch_bounds__(\1, {MIN_BLOCKS})", source)
+
+    def bounds(match: re.Match[str]) -> str:
+        threads, function = match.groups()
+        wanted = (blocks or {}).get(function, MIN_BLOCKS)
+        return f"__launch_bounds__({threads}, {wanted}) {function}"
+
+    return re.sub(r"__launch_bounds__\((\d+)\) (\w+?)(?=_kernel\b)", bounds, source)
 
 
 def base_architecture(name: str) -> str:

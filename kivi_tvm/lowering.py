@@ -8,16 +8,17 @@ call of a kernel allocates. On the stack LLVM sees whole lifetimes, and what fit
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tvm
 import tvm_ffi
+from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import Call, IRModule, Op
 from tvm.ir.transform import PassContext, Sequential, module_pass
-from tvm.backend.cuda.op import cuda_func_call
 from tvm.s_tir import SBlock
 from tvm.support import nvcc
 from tvm.target import Target
@@ -42,6 +43,9 @@ from tvm.tirx.transform import LowerWarpMemory
 from kivi_tvm.cuda import find_compiler, find_nvcc, with_launch_bounds
 
 NAME = "kivi_tvm"
+MIN_BLOCKS_ATTR = "kivi.min_blocks"  # of a function: `cuda.with_launch_bounds`
+# Those of the module that is compiled.
+_blocks: ContextVar[Mapping[str, int]] = ContextVar("blocks", default={})  # noqa: B039
 ACTIVE_LANES, PREFETCH = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.prefetch")
 PREFETCH_SOURCE = """
 __device__ __forceinline__ void kivi_tvm_prefetch(const void* address) {
@@ -49,6 +53,7 @@ __device__ __forceinline__ void kivi_tvm_prefetch(const void* address) {
 }
 """
 EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
+PTXAS_LEVEL = "5"  # ptxas's own default; TVM's, 10, spills on sm_100 and sm_120
 LINE_BYTES = 64
 MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
 
@@ -57,8 +62,18 @@ def compile_module(module: IRModule, target: Target) -> Any:
     """The executable of scheduled functions; use this for every kernel."""
     if target.kind.name == "cuda":
         configure_cuda()
+        _blocks.set(min_blocks(module))
     with target:  # whose architecture CUDA sources are compiled for
         return tvm.compile(module, target=target, tir_pipeline=_registered())
+
+
+def min_blocks(module: IRModule) -> dict[str, int]:
+    """What functions say of `cuda.with_launch_bounds`, by name."""
+    return {
+        name.name_hint: int(function.attrs[MIN_BLOCKS_ATTR])
+        for name, function in module.functions.items()
+        if function.attrs and MIN_BLOCKS_ATTR in function.attrs
+    }
 
 
 @cache
@@ -69,13 +84,15 @@ def configure_cuda() -> None:
     codes, scales and zeros would not be the reference's. And without spilled registers.
     """
     os.environ["TVM_CUDA_NVCC_NO_FAST_MATH"] = "1"
+    os.environ.setdefault("TVM_CUDA_PTXAS_REG_LEVEL", PTXAS_LEVEL)
     if path := find_nvcc():
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(path).parent)])
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_cuda, override=True)
 
 
 def _compile_cuda(source: str) -> bytes:
-    architecture, source = str(Target.current().attrs["arch"]), with_launch_bounds(source)
+    architecture = str(Target.current().attrs["arch"])
+    source = with_launch_bounds(source, _blocks.get())
     if find_compiler() == "nvcc":
         code = architecture.removeprefix("sm_")
         gencode = ["-gencode", f"arch=compute_{code},code={architecture}"]
@@ -108,7 +125,7 @@ def lowered_one_by_one(lower: Any) -> Any:
 
     @module_pass(opt_level=0, name="kivi_tvm.lowered_one_by_one")  # type: ignore[untyped-decorator]
     def run(module: IRModule, _: PassContext) -> IRModule:
-        found = {}
+        found: dict[Any, Any] = {}
         for name, function in module.functions.items():
             config = {"tirx.disable_cse_tir": _has_warp_blocks(function)}
             with PassContext(config=config):
@@ -119,7 +136,7 @@ def lowered_one_by_one(lower: Any) -> Any:
 
 
 def _has_warp_blocks(function: PrimFunc) -> bool:
-    found = []
+    found: list[Buffer] = []
 
     def visit(block: SBlock) -> None:
         found.extend(each for each in block.alloc_buffers if each.scope() == "warp")

@@ -16,6 +16,7 @@ from types import ModuleType
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.cuda import MIN_BLOCKS
 from kivi_tvm.schedules.choices import Option
 from kivi_tvm.targets import Hardware
 
@@ -40,6 +41,13 @@ def offers(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     found: Callable[[KernelKey, Hardware], Offers] | None
     found = getattr(_file(op, hardware), "offers", None)
     return found(key, hardware) if found else {}
+
+
+def min_blocks(op: str, hardware: Hardware, key: KernelKey) -> int:
+    """Work-groups of a multiprocessor that the kernel of `op` leaves registers for."""
+    found: Callable[[KernelKey], int] | None
+    found = getattr(_file(op, hardware), "min_blocks", None)
+    return found(key) if found else MIN_BLOCKS
 
 
 def _file(op: str, hardware: Hardware) -> ModuleType:

@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import pytest
 
-from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES, HALF_PAGE_UNIT, HEAD_DIMS, MIN_PAGE_SIZE, KiviConfig
+from kivi_tvm.config import (
+    BITS,
+    DTYPES,
+    GROUP_SIZES,
+    HALF_PAGE_UNIT,
+    HEAD_DIMS,
+    MIN_PAGE_SIZE,
+    KiviConfig,
+)
 
 PAGE_UNITS = (1, 2, 3)  # page size over the smallest one that the key group allows
 QUERIES_PER_KV = (1, 4, 7, 8, 71)
@@ -131,9 +139,8 @@ HALF = [
 
 def config_id(cfg: KiviConfig) -> str:
     """A name that can be read aloud."""
-    return (
-        f"Hkv{cfg.H_kv}-{cfg.kernel_key().slug.removesuffix('-plain-float').replace('-fragment', '')}-R{cfg.residual_length}"
-    )
+    slug = cfg.kernel_key().slug.removesuffix("-plain-float").replace("-fragment", "")
+    return f"Hkv{cfg.H_kv}-{slug}-R{cfg.residual_length}"
 
 
 def spread(values, each=3):

@@ -23,11 +23,12 @@ from kivi_tvm.lowering import compile_module
 TARGET = Target({"kind": "cuda", "arch": "sm_90"}, host="llvm")
 HEADER = Path(__file__).with_name("warp_emulator.h")
 SIGNATURE = re.compile(r'extern "C" __global__ void .*?(\w+_kernel)\(([^)]*)\) \{')
-POINTER = r"\((?:float|unsigned) \*\)\((.*?)\)\)\[0\]\)"
 MMA = re.compile(
-    r'__asm__ __volatile__\(\s*"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32".*?\);\n',
+    r'__asm__ __volatile__\(\s*"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32"'
+    r".*?\);\n",
     re.S,
 )
+REGISTER = re.compile(r"\(\((?:float|unsigned) \*\)\((.*?)\)\)\[\d\]\)")
 PREFETCH = re.compile(r'asm volatile\("prefetch\.global\.L2.*?\);')
 MOVMATRIX = re.compile(r'asm\("movmatrix\.sync\.aligned\.m8n8\.trans\.b16.*?\);')
 
@@ -82,8 +83,7 @@ def emulated(source, name):
 
 
 def call_of_mma(match):
-    text = match[0]
-    d, _, _, _, a, _, _, _, b, *_ = re.findall(r"\(\((?:float|unsigned) \*\)\((.*?)\)\)\[\d\]\)", text)
+    d, _, _, _, a, _, _, _, b, *_ = REGISTER.findall(match[0])
     return f"mma_m16n8k16({d}, {a}, {b});\n"
 
 

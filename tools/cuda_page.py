@@ -21,7 +21,7 @@ from kivi_tvm.host import installed_version
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.machine_code import KernelCode
 from kivi_tvm.occupancy import occupancy
-from kivi_tvm.ops import FUNCTIONS
+from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
 WITHOUT_TENSOR_CORES = "sm_75"  # of the instructions that compute mode "half" uses
@@ -45,9 +45,9 @@ from the machine code of nvcc {nvcc} for the default schedules (TVM {tvm}); no G
 
 2 bits, D=128, H=32, H_kv=8, G=32, R=128, float16: compute mode `{mode}`, on {old} `{old_mode}`. A
 cell is registers of a thread / bytes of shared memory of a work-group / bytes of local memory and
-bytes of all accesses to it, what is spilled, of a thread / work-groups and warps that a multiprocessor
-holds at once. Limits are those of the CUDA C++ Programming Guide, "Technical Specifications per
-Compute Capability".
+bytes of all accesses to it (what is spilled), of a thread / work-groups and warps that a
+multiprocessor holds at once. Limits are those of the CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability".
 
 """
 LOOPS = """
@@ -55,9 +55,9 @@ LOOPS = """
 
 `attend`, 2 bits, D=128, float16. The loop is the innermost one that loads most; every instruction
 in it counts once, also of its rare paths. Wide loads: the share of the bytes that it loads from
-global memory in accesses of 16 bytes. I2F: conversions of integers to floats. Logic: LOP3 and SHF per
-code, a lane having {codes} codes of 64 tokens' keys and values a turn; the aim is at most 1. MMA:
-instructions of tensor cores.
+global memory in accesses of 16 bytes. I2F: conversions of integers to floats. Logic: LOP3 and SHF
+per code, a lane having {codes} codes of 64 tokens' keys and values a turn; the aim is at most 1.
+MMA: instructions of tensor cores.
 
 """
 COLUMNS = (
@@ -107,7 +107,7 @@ def memory_cell(kernel: KernelCode) -> str:
 
 def kernel_rows() -> list[list[str]]:
     """The table of every kernel on every architecture."""
-    names = tuple(FUNCTIONS)
+    names = tuple(FUNCTIONS | GPU_FUNCTIONS)
     found = kernels(CONFIG, WITHOUT_TENSOR_CORES, ARCHITECTURES[:1], names)
     found += kernels(CONFIG, "sm_80", ARCHITECTURES[1:], names)
     cells = {(kernel.name, kernel.architecture): kernel_cell(kernel) for kernel in found}

@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PACKED_VALUES
 from kivi_tvm.ops.contract_half import output_blocks, score_blocks
+from kivi_tvm.ops.exp2 import ROUNDER, ROUNDER_BITS
 from kivi_tvm.ops.fragments import (
     CODE_UNIT,
     LANES,
@@ -32,10 +33,23 @@ FLOAT16_MAX = 65504.0
 
 
 # Blocks that ask for the memory of a warp's next tile.
-FETCH = "fetch_k_code", "fetch_k_scale", "fetch_k_zero", "fetch_v_code", "fetch_v_scale", "fetch_v_zero"
+FETCH = (
+    "fetch_k_code", "fetch_k_scale", "fetch_k_zero",
+    "fetch_v_code", "fetch_v_scale", "fetch_v_zero",
+)  # fmt: skip
 
 
-def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
+def exponent_above(x):
+    """The least `e` with `x < 2^e`, for float32 `x >= 0`."""
+    return T.Cast("int32", T.reinterpret("uint32", x) >> T.uint32(23)) - 126
+
+
+def small_float(number):
+    """An integer of less than 2^22 as float32, without a conversion, which GPUs do slowly."""
+    return T.reinterpret("float32", ROUNDER_BITS + number) - T.float32(ROUNDER)
+
+
+def attend_half(key: KernelKey, warps: int = WARPS):
     """Partial attention of every work item over its split of the packed tokens.
 
     Parameters and results as of `attend`; of `warps` warps each takes tiles of 64 tokens in turn.
@@ -140,9 +154,7 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                             work[vi, 0:2],
                             q[0:B, row : row + M, 0:D],
                         )
-                        T.writes(
-                            warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D]
-                        )
+                        T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
                         slot = T.sblock_alloc_buffer((1,), "int32")
                         inside = T.sblock_alloc_buffer((1,), "int32")  # packed tokens of the split
                         q_raw = T.sblock_alloc_buffer((LANES, SPANS, W_k), "float32")
@@ -280,26 +292,24 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                                     T.reads(page_table[slot[0], base // P])
                                     T.writes(page[0])
                                     page[0] = page_table[slot[0], base // P]
-                                if prefetch == "next":
-                                    # the last tile again where there is no other
-                                    after = T.meta_var(
-                                        first
-                                        + (T.Select(vc + 1 < turns, vc + 1, vc) * warps + vw)
-                                        * TOKENS
-                                    )
-                                    next_page = T.sblock_alloc_buffer((1,), "int32")
-                                    with T.sblock("next_page"):
-                                        T.reads(page_table[slot[0], after // P])
-                                        T.writes(next_page[0])
-                                        next_page[0] = page_table[slot[0], after // P]
-                                    there = T.meta_var(next_page[0])
-                                    at = T.meta_var(after % P)
-                                    fetch[0](k_code, there, head, 0, at)
-                                    fetch[1](k_scale, there, head, at // G_k, 0)
-                                    fetch[2](k_zero, there, head, at // G_k, 0)
-                                    fetch[3](v_code, there, head, at // W_v, 0)
-                                    fetch[4](v_scale, there, head, 0, at)
-                                    fetch[5](v_zero, there, head, 0, at)
+                                # the last tile again where there is no other
+                                after = T.meta_var(
+                                    first
+                                    + (T.Select(vc + 1 < turns, vc + 1, vc) * warps + vw) * TOKENS
+                                )
+                                next_page = T.sblock_alloc_buffer((1,), "int32")
+                                with T.sblock("next_page"):
+                                    T.reads(page_table[slot[0], after // P])
+                                    T.writes(next_page[0])
+                                    next_page[0] = page_table[slot[0], after // P]
+                                there = T.meta_var(next_page[0])
+                                at = T.meta_var(after % P)
+                                fetch[0](k_code, there, head, 0, at)
+                                fetch[1](k_scale, there, head, at // G_k, 0)
+                                fetch[2](k_zero, there, head, at // G_k, 0)
+                                fetch[3](v_code, there, head, at // W_v, 0)
+                                fetch[4](v_scale, there, head, 0, at)
+                                fetch[5](v_zero, there, head, 0, at)
                                 scores(
                                     q_pair, gain, k_code, k_scale, k_zero, page, head,
                                     base % P, left, score,
@@ -334,9 +344,7 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                                         vl, vn, vo = T.axis.remap("SRR", [lane, n, o])
                                         run = T.meta_var(T.min(vn * LANES + vl, RUNS - 1))
                                         token = T.meta_var(run % 8 * 8 + vo)
-                                        found = T.meta_var(
-                                            T.Cast("float32", top_scale[vl, vn, vo])
-                                        )
+                                        found = T.meta_var(T.Cast("float32", top_scale[vl, vn, vo]))
                                         with T.init():
                                             own_top[vl] = T.float32(0)
                                         own_top[vl] = T.max(
@@ -379,14 +387,9 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                                         top = T.meta_var(
                                             T.max(top_of_16[vl], top_of_16[(vl + 1) % LANES])
                                         )
-                                        # the exponent e of the least 2^e above all scales
-                                        exponent = T.meta_var(
-                                            T.Cast("int32", T.reinterpret("uint32", top) >> T.uint32(23))
-                                            - 126
-                                        )
-                                        lift[vl] = T.Cast(
-                                            "float32",
-                                            T.max(exponent - TOP_EXPONENT, -TOP_EXPONENT),
+                                        exponent = T.meta_var(exponent_above(top))
+                                        lift[vl] = small_float(
+                                            T.max(exponent - TOP_EXPONENT, -TOP_EXPONENT)
                                         )
                                 for lane, e in T.grid(LANES, 2):
                                     with T.sblock("new_ref"):
@@ -425,7 +428,9 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                                         vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
                                         T.reads(keep[vl, ve % 2])
                                         T.writes(acc[vl, vt * 4 + ve])
-                                        acc[vl, vt * 4 + ve] = acc[vl, vt * 4 + ve] * keep[vl, ve % 2]
+                                        acc[vl, vt * 4 + ve] = (
+                                            acc[vl, vt * 4 + ve] * keep[vl, ve % 2]
+                                        )
                                 for lane, e in T.grid(LANES, 4):
                                     with T.sblock("keep_zero_acc"):
                                         vl, ve = T.axis.remap("SS", [lane, e])
@@ -488,9 +493,10 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                                     vw,
                                     vl % 4 * 2 + ve % 2,
                                     tile.channel(vt, vl // 4 + ve // 2 * 8),
-                                ] = acc[vl, vt * 4 + ve] * T.float32(CODE_UNIT) + zero_of[
-                                    vl, tile.channel(vt, 0) // G_v, ve % 2
-                                ]
+                                ] = (
+                                    acc[vl, vt * 4 + ve] * T.float32(CODE_UNIT)
+                                    + zero_of[vl, tile.channel(vt, 0) // G_v, ve % 2]
+                                )
                 top_ref = T.sblock_alloc_buffer((M,), "float32")
                 share = T.sblock_alloc_buffer((warps, M), "float32")
                 sum_of_warps = T.sblock_alloc_buffer((M,), "float32")
@@ -517,8 +523,6 @@ def attend_half(key: KernelKey, warps: int = WARPS, prefetch: str = "next"):
                         with T.init():
                             acc_of_warps[vm, vd] = T.float32(0)
                         acc_of_warps[vm, vd] += warp_acc[vw, vm, vd] * share[vw, vm]
-                store(
-                    top_ref, sum_of_warps, acc_of_warps, part_acc, part_stat, b, row, work[vi, 1]
-                )
+                store(top_ref, sum_of_warps, acc_of_warps, part_acc, part_stat, b, row, work[vi, 1])
 
     return attend

@@ -181,9 +181,7 @@ def combine_window(key: KernelKey, chunk_tokens: int = WINDOW_CHUNK):
                 for c in T.serial(T.ceildiv(entries[0], X_C)):
                     with T.sblock("parts"):
                         vc = T.axis.opaque(T.ceildiv(X, X_C), c)
-                        T.reads(
-                            part_acc[vb, vh, 0:X, 0:D], part_stat[vb, vh, 0:X, 0:2], entries[0]
-                        )
+                        T.reads(part_acc[vb, vh, 0:X, 0:D], part_stat[vb, vh, 0:X, 0:2], entries[0])
                         T.writes(part_max[0], part_sum[0], parts_acc[0, 0:D])
                         level = T.sblock_alloc_buffer((1, X_C), "float32")
                         weight = T.sblock_alloc_buffer((1, X_C), "float32")

@@ -21,7 +21,6 @@ from kivi_tvm.ops.fragments import (
     LANES,
     QUERIES,
     ROWS,
-    TOKENS,
     HalfTile,
     c_lane,
     c_register,
@@ -34,6 +33,23 @@ from kivi_tvm.ops.fragments import (
 )
 
 
+def mma_block(name: str):
+    """`result += a b` by one `mma`, in a block `name`.
+
+    The macro takes `result [32, n]`, the first of the four registers there, and what gives the
+    operands' registers by (lane, number).
+    """
+
+    @T.macro
+    def multiply(result, first, a, b):
+        for m, n, k in T.grid(ROWS, QUERIES, DEPTH):
+            with T.sblock(name):
+                vm, vn, vk = T.axis.remap("SSR", [m, n, k])
+                result[c_lane(vm, vn), first + c_register(vm, vn)] = result[
+                    c_lane(vm, vn), first + c_register(vm, vn)
+                ] + product(a, b, vm, vn, vk)
+
+    return multiply
 
 
 def score_blocks(key: KernelKey):
@@ -46,6 +62,7 @@ def score_blocks(key: KernelKey):
     D, G_k, W, bits = key.head_dim, key.key_group_size, key.key_codes_per_word, key.key_bits
     SPANS, PAIRS, STEPS, SECTIONS = tile.key_spans, tile.key_pairs, tile.key_steps, tile.sections
     APART, SIZE = tile.rows_apart, tile.section_tokens
+    q_zero_mma, dot_mma = mma_block("q_zero"), mma_block("dot")
 
     def word(span, lane):
         """The word of every token's key that a lane takes; the last one where there is none."""
@@ -110,18 +127,12 @@ def score_blocks(key: KernelKey):
                                     pair_of(zeros[vl, pair], zeros[vl, pair + PAIRS]),
                                     T.uint32(0),
                                 )
-                        for m, n, k in T.grid(ROWS, QUERIES, DEPTH):
-                            with T.sblock("q_zero"):
-                                vm, vn, vk = T.axis.remap("SSR", [m, n, k])
-                                q_zero[c_lane(vm, vn), c_register(vm, vn)] = q_zero[
-                                    c_lane(vm, vn), c_register(vm, vn)
-                                ] + product(
-                                    lambda lane, r: zero_pair[lane, r],
-                                    lambda lane, r: q_pair[lane, (vs * STEPS + vj) * 2 + r],
-                                    vm,
-                                    vn,
-                                    vk,
-                                )
+                        q_zero_mma(
+                            q_zero,
+                            0,
+                            lambda lane, r: zero_pair[lane, r],
+                            lambda lane, r: q_pair[lane, (vs * STEPS + vj) * 2 + r],
+                        )
                         q_low = T.sblock_alloc_buffer((LANES, 2), "uint32")
                         for lane, r in T.grid(LANES, 2):
                             with T.sblock("q_low"):
@@ -157,18 +168,12 @@ def score_blocks(key: KernelKey):
                                                     bits,
                                                     2 * vj + vr // 2,
                                                 )
-                                        for m, n, k in T.grid(ROWS, QUERIES, DEPTH):
-                                            with T.sblock("dot"):
-                                                vm, vn, vk = T.axis.remap("SSR", [m, n, k])
-                                                dot[c_lane(vm, vn), at_u * 4 + c_register(vm, vn)] = dot[
-                                                    c_lane(vm, vn), at_u * 4 + c_register(vm, vn)
-                                                ] + product(
-                                                    lambda lane, r: code[lane, r],
-                                                    lambda lane, r: q_key[lane, r],
-                                                    vm,
-                                                    vn,
-                                                    vk,
-                                                )
+                                        dot_mma(
+                                            dot,
+                                            4 * at_u,
+                                            lambda lane, r: code[lane, r],
+                                            lambda lane, r: q_key[lane, r],
+                                        )
         for section, lane, e in T.grid(SECTIONS, LANES, 2):
             with T.sblock("key_zero_of"):
                 vc, vl, ve = T.axis.remap("SSS", [section, lane, e])
@@ -196,7 +201,9 @@ def output_blocks(key: KernelKey):
     APART, SIZE, RUN = tile.rows_apart, tile.section_tokens, 2 * tile.rows_apart
     STEPS, GROUPS, BLOCKS = tile.matrices // 2, tile.value_groups, tile.value_blocks
     CHANNELS, PRODUCTS, SECTIONS = tile.channels_apart, tile.value_rows, tile.sections
-    GROUP_ROWS, OF_GROUP, UNIT = -(-GROUPS // QUERIES), PRODUCTS // GROUPS, tile.unit_tokens // QUERIES
+    GROUP_ROWS, OF_GROUP = -(-GROUPS // QUERIES), PRODUCTS // GROUPS
+    UNIT = tile.unit_tokens // QUERIES  # matrices
+    out_zero_mma, out_mma = mma_block("out_zero"), mma_block("out")
 
     def shift(matrix):
         """Where a matrix's pair of codes is in a byte."""
@@ -265,18 +272,12 @@ def output_blocks(key: KernelKey):
                                     & valid[vl, inside],
                                     T.uint32(0),
                                 )
-                        for m, n, d in T.grid(ROWS, QUERIES, DEPTH):
-                            with T.sblock("out_zero"):
-                                vm, vn, vd = T.axis.remap("SSR", [m, n, d])
-                                zero_acc[c_lane(vm, vn), c_register(vm, vn)] = zero_acc[
-                                    c_lane(vm, vn), c_register(vm, vn)
-                                ] + product(
-                                    lambda lane, r: zero_pair[lane, r],
-                                    lambda lane, r: prob_pair[lane, 2 * at_k + r],
-                                    vm,
-                                    vn,
-                                    vd,
-                                )
+                        out_zero_mma(
+                            zero_acc,
+                            0,
+                            lambda lane, r: zero_pair[lane, r],
+                            lambda lane, r: prob_pair[lane, 2 * at_k + r],
+                        )
                         for lane, r in T.grid(LANES, 2):
                             with T.sblock("prob_low"):
                                 vl, vr = T.axis.remap("SS", [lane, r])
@@ -318,17 +319,11 @@ def output_blocks(key: KernelKey):
                                                     bits,
                                                     matrix % UNIT,
                                                 )
-                                        for m, n, d in T.grid(ROWS, QUERIES, DEPTH):
-                                            with T.sblock("out"):
-                                                vm, vn, vd = T.axis.remap("SSR", [m, n, d])
-                                                acc[c_lane(vm, vn), at_t * 4 + c_register(vm, vn)] = acc[
-                                                    c_lane(vm, vn), at_t * 4 + c_register(vm, vn)
-                                                ] + product(
-                                                    lambda lane, r: code[lane, r],
-                                                    lambda lane, r: prob_fold[lane, r],
-                                                    vm,
-                                                    vn,
-                                                    vd,
-                                                )
+                                        out_mma(
+                                            acc,
+                                            4 * at_t,
+                                            lambda lane, r: code[lane, r],
+                                            lambda lane, r: prob_fold[lane, r],
+                                        )
 
     return outputs

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 _COEFFICIENTS = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151264, 0.00132647272)
 _LOWEST = -126.0  # below it 2^x is not a normal float32; softmax weights that small are zero
 # Added to a float32 of at most 2^22, it leaves the nearest integer in the low bits.
-ROUNDER = 12582912.0
+ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 
 
 def exp2(x):

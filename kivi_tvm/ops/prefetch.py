@@ -100,9 +100,7 @@ def prefetch_tile(name: str, rows: int, columns: int, itemsize: int):
                         "void",
                         "tirx.prefetch",
                         T.address_of(
-                            buffer[
-                                page, head, row + line // of_row, column + line % of_row * step
-                            ]
+                            buffer[page, head, row + line // of_row, column + line % of_row * step]
                         ),
                         READ,
                         KEEP,

@@ -72,7 +72,8 @@ class CacheLayer:
         self._window_args = _frozen(k_ring, v_ring, rows.state, rows.slots)
         self._row_args = _frozen(rows.state, rows.slots)
         # a launch costs more than the window does
-        self._combine_window = cache.kernels["combine_window"] if cache.device.type == "cuda" else None
+        on_gpu = cache.device.type == "cuda"
+        self._combine_window = cache.kernels["combine_window"] if on_gpu else None
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)

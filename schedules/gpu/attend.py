@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.cuda import MIN_BLOCKS
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.gpu.attend_half import attend_half
 from kivi_tvm.schedules.primitives import divisors, has_block
@@ -28,6 +29,7 @@ ELEMENTWISE = (
 REDUCED = "q_zero", "max", "sum", "p_zero"
 
 CHUNK_TOKENS = 128
+WIDE_HEAD = 128
 ROW_TILES = 1, 2, 4  # more would spill registers
 
 
@@ -40,6 +42,11 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
     fits = [n for n in ROW_TILES if shared_bytes(key, hardware, n, chunk) <= hardware.shared_bytes]
     options = sorted({min(n, key.rows) for n in fits})
     return {"chunk_tokens": ([chunk], chunk), "row_tile": (options, options[-1])}
+
+
+def min_blocks(key: KernelKey) -> int:
+    """Two where the accumulators of larger heads would not leave registers for three."""
+    return 2 if key.compute == "half" and key.head_dim > WIDE_HEAD else MIN_BLOCKS
 
 
 def shared_bytes(key: KernelKey, hardware: Hardware, rows: int, chunk: int) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tvm.s_tir import Schedule
 
 from kivi_tvm.ops.attend_half import FETCH
 from kivi_tvm.schedules.mma import mma, transpose
-from kivi_tvm.schedules.primitives import extent_of, has_block
+from kivi_tvm.schedules.primitives import extent_of
 from kivi_tvm.schedules.threads import (
     WorkGroup,
     by_lane,
@@ -29,13 +27,17 @@ LOADS = {  # elements of 16 bytes
 BY_LANE = (
     *LOADS, *FETCH, "q_raw", "q_own", "q_near", "q_top", "q_unit", "q_pair", "q_low", "gain",
     "start", "start_acc", "start_zero_acc", "key_zero_pair", "q_zero_start", "dot_start", "q_key",
-    "key_code", "key_zero_of", "score", "own_max", "max_of_2", "max_of_4", "own_top", "top_of_2", "top_of_4",
-    "top_of_8", "top_of_16", "lift", "new_ref", "keep", "prob", "own_sum", "keep_total", "keep_acc",
-    "keep_zero_acc", "keep_ref", "prob_row", "valid", "value_zero_pair", "prob_low", "prob_fold",
-    "value_code", "sum_of_2", "sum_of_4", "sum_of_8", "warp_stat", "zero_of", "warp_acc",
+    "key_code", "key_zero_of", "score", "own_max", "max_of_2", "max_of_4", "own_top", "top_of_2",
+    "top_of_4", "top_of_8", "top_of_16", "lift", "new_ref", "keep", "prob", "own_sum", "keep_total",
+    "keep_acc", "keep_zero_acc", "keep_ref", "prob_row", "valid", "value_zero_pair", "prob_low",
+    "prob_fold", "value_code", "sum_of_2", "sum_of_4", "sum_of_8", "warp_stat", "zero_of",
+    "warp_acc",
 )  # fmt: skip
 PRODUCTS = "q_zero", "dot", "out_zero", "out"
-UNROLLED = "key_span", "key_step", "section", "key_product", "value_section", "value_step", "value_group", "value_product"
+UNROLLED = (
+    "key_span", "key_step", "section", "key_product",
+    "value_section", "value_step", "value_group", "value_product",
+)  # fmt: skip
 
 
 def attend_half(sch: Schedule, hardware: Hardware) -> None:
@@ -44,10 +46,9 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
     group = WorkGroup(extent_of(sch, warp), hardware.warp)
     # 1. what a warp computes lies in the registers of its lanes
     for name in "slot", "inside", "page", "next_page":
-        if has_block(sch, name):
-            keep_local(sch, name)
+        keep_local(sch, name)
     keep_in_registers(sch, sch.get_sblock("warp"))
-    for name in filter(partial(has_block, sch), BY_LANE):
+    for name in BY_LANE:
         by_lane(sch, sch.get_sblock(name), LOADS.get(name, 1))
     # 2. products and the transpose by instructions of the warp
     for name in PRODUCTS:

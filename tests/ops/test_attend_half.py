@@ -17,7 +17,6 @@ from ops import half_attention, test_attend
 from ops.plain import plain_kernel
 from tolerance import relative_l2
 
-
 SOME = HALF[::5]
 
 

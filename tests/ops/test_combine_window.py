@@ -16,7 +16,7 @@ NAMES = ("k_ring", "v_ring", "state", "slots")
 
 @pytest.fixture
 def kernel(request):
-    """The function of a configuration; on a CPU, where it has no schedule, the operator as it is."""
+    """The function of a configuration; the operator as it is on CPUs, which have no schedule."""
     if request.config.getoption("--kernels") == "cpu":
         return lambda cfg: plain_kernel("combine_window", cfg.kernel_key())
     return lambda cfg: configurations.library(cfg)["combine_window"]

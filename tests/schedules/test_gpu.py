@@ -8,13 +8,12 @@ import shutil
 import subprocess
 
 import pytest
-from configurations import CONFIGS, FEW, config_id
+from configurations import CONFIGS, FEW, HALF, config_id
 from tvm.target import Target
 
-from kivi_tvm.compile import scheduled_function, scheduled_module
+from kivi_tvm.compile import functions, scheduled_function, scheduled_module
 from kivi_tvm.cuda import known_architectures, with_launch_bounds
-from kivi_tvm.lowering import compile_module
-from kivi_tvm.ops import FUNCTIONS
+from kivi_tvm.lowering import compile_module, min_blocks
 from kivi_tvm.targets import SHARED_BYTES, hardware
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -28,14 +27,15 @@ def cuda(architecture="sm_90"):
 def source_of(key):
     """The CUDA source of every function of a kernel key."""
     target = cuda()
-    made = compile_module(scheduled_module(key, target), target)
-    return made.mod.imports[0].inspect_source("cuda")
+    module = scheduled_module(key, target)
+    source = compile_module(module, target).mod.imports[0].inspect_source("cuda")
+    return with_launch_bounds(source, min_blocks(module))
 
 
 def resources(source, architecture, folder):
     """(registers, spilled and local bytes, shared bytes) of every kernel, as ptxas says."""
     path = folder / "kernels.cu"
-    path.write_text(with_launch_bounds(source))
+    path.write_text(source)
     command = ["nvcc", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-o"]
     done = subprocess.run(
         [*command, folder / "kernels.cubin", path], capture_output=True, text=True, check=True
@@ -51,9 +51,9 @@ def resources(source, architecture, folder):
     return found
 
 
-@pytest.mark.parametrize("cfg", CONFIGS[::4], ids=config_id)
+@pytest.mark.parametrize("cfg", [*CONFIGS[::4], *HALF[::4]], ids=config_id)
 def test_every_operator_has_a_schedule(cfg):
-    for name in FUNCTIONS:
+    for name in functions(cuda()):
         scheduled_function(name, cfg.kernel_key(), cuda())
 
 
@@ -63,14 +63,17 @@ def test_a_work_group_shares_what_every_device_gives():
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("cfg", [*FEW, CONFIGS[11], CONFIGS[15]], ids=config_id)
+@pytest.mark.parametrize(
+    "cfg", [*FEW, CONFIGS[11], CONFIGS[15], HALF[8], HALF[10], HALF[14]], ids=config_id
+)
 def test_machine_code_spills_nothing(cfg, tmp_path):
     source = source_of(cfg.kernel_key())
-    for architecture in ARCHITECTURES[cfg.dtype == "bfloat16" :]:  # not on sm_75
+    needs_sm_80 = cfg.dtype == "bfloat16" or cfg.compute == "half"
+    for architecture in ARCHITECTURES[needs_sm_80:]:
         if architecture not in known_architectures():
             pytest.skip(f"needs nvcc that knows {architecture}")
         found = resources(source, architecture, tmp_path)
-        assert len(found) == len(FUNCTIONS)
+        assert len(found) == len(functions(cuda()))
         for name, (_, spilled, shared) in found.items():
             what = f"{name} on {architecture}"
             assert spilled == 0, what
