@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kivi_tvm.cuda import find_nvcc, with_launch_bounds
 from kivi_tvm.errors import UserError
 from kivi_tvm.machine_code import KernelCode, kernels
 
@@ -158,7 +157,7 @@ def compiled(source: str, architecture: str) -> bytes:
         )
     with tempfile.TemporaryDirectory() as folder:
         path, cubin = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
-        path.write_text(with_launch_bounds(source), encoding="utf-8")
+        path.write_text(source, encoding="utf-8")
         _output([nvcc, f"-arch={architecture}", *NVCC_OPTIONS, "-o", str(cubin), str(path)])
         return cubin.read_bytes()
 

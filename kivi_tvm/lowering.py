@@ -87,12 +87,16 @@ def configure_cuda() -> None:
     os.environ.setdefault("TVM_CUDA_PTXAS_REG_LEVEL", PTXAS_LEVEL)
     if path := find_nvcc():
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(path).parent)])
+    tvm_ffi.register_global_func("tvm_callback_cuda_postproc", _bounded, override=True)
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_cuda, override=True)
+
+
+def _bounded(source: str, _: Target) -> str:
+    return with_launch_bounds(source, _blocks.get())
 
 
 def _compile_cuda(source: str) -> bytes:
     architecture = str(Target.current().attrs["arch"])
-    source = with_launch_bounds(source, _blocks.get())
     if find_compiler() == "nvcc":
         code = architecture.removeprefix("sm_")
         gencode = ["-gencode", f"arch=compute_{code},code={architecture}"]

@@ -12,8 +12,8 @@ from configurations import CONFIGS, FEW, HALF, config_id
 from tvm.target import Target
 
 from kivi_tvm.compile import functions, scheduled_function, scheduled_module
-from kivi_tvm.cuda import known_architectures, with_launch_bounds
-from kivi_tvm.lowering import compile_module, min_blocks
+from kivi_tvm.cuda import known_architectures
+from kivi_tvm.lowering import compile_module
 from kivi_tvm.targets import SHARED_BYTES, hardware
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -27,9 +27,8 @@ def cuda(architecture="sm_90"):
 def source_of(key):
     """The CUDA source of every function of a kernel key."""
     target = cuda()
-    module = scheduled_module(key, target)
-    source = compile_module(module, target).mod.imports[0].inspect_source("cuda")
-    return with_launch_bounds(source, min_blocks(module))
+    made = compile_module(scheduled_module(key, target), target)
+    return made.mod.imports[0].inspect_source("cuda")
 
 
 def resources(source, architecture, folder):
