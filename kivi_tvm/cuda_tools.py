@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kivi_tvm.cuda import find_nvcc
 from kivi_tvm.errors import UserError
 from kivi_tvm.machine_code import KernelCode, kernels
 
