@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -167,6 +168,13 @@ def ours_us(cache: Cache, case: Case) -> tuple[float, float]:
     return graph_us(step, case.layers), graph_us(attend, case.layers)
 
 
+def driver() -> str:
+    """Version of the NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
 def copy_gb_per_s() -> float:
     """Bandwidth of copying 1 GiB: bytes read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -215,7 +223,7 @@ def main() -> None:
     environment = {
         "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
-        "driver": torch._C._cuda_getDriverVersion(),
+        "driver": driver(),
         "versions": {name: installed_version(name) for name in names},
         "commit": args.commit,
     }
