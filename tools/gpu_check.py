@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -98,7 +99,7 @@ def graph_us(call: Call, count: int) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / count)
-    return statistics.median(times[2:])
+    return float(statistics.median(times[2:]))
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -142,11 +143,11 @@ def error_of(cache: Cache, case: Case) -> float:
     """Relative L2 error of the first layer's step against float64 attention on what it stored."""
     q, new = drawn(case.batch, case.heads, D), drawn(case.batch, case.kv_heads, D)
     cache.begin(1)
-    out, *_ = [cache.layer(i).decode(q, new, new) for i in range(case.layers)]
+    outputs: list[Any] = [cache.layer(i).decode(q, new, new) for i in range(case.layers)]
     k, v = cache.layer(0).dequantize()
     k, v, q = k[:1].double(), v[:1].double(), q[:1].double()
     want = scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=case.heads != case.kv_heads)
-    return relative_l2(out[:1].double(), want[:, :, 0])
+    return relative_l2(outputs[0][:1].double(), want[:, :, 0])
 
 
 def ours_us(cache: Cache, case: Case) -> tuple[float, float]:
