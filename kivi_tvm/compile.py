@@ -61,6 +61,11 @@ def functions(target: Target) -> dict[str, tuple[str, bool]]:
     return FUNCTIONS | (GPU_FUNCTIONS if target.kind.name in targets.GPU_KINDS else {})
 
 
+def _with_rows(key: KernelKey, extends: bool) -> KernelKey:
+    """The key of a function that takes one token's queries, or several."""
+    return replace(key, rows_per_query=key.extend_rows) if extends else key
+
+
 class Scheduler:
     """Makes and schedules the function `name` of `FUNCTIONS`, with any decisions.
 
@@ -78,7 +83,7 @@ class Scheduler:
     def __init__(self, name: str, key: KernelKey, target: Target) -> None:
         self._name = name
         self._op, extends = functions(target)[name]
-        self._key = replace(key, rows_per_query=key.extend_rows) if extends else key
+        self._key = _with_rows(key, extends)
         self._hardware = targets.hardware(target)
         self._offers = offers(self._op, self._hardware, self._key)
         self._rule = rule(self._op, self._hardware)
@@ -191,8 +196,8 @@ def scheduled_module(
     }
     if target.kind.name in targets.GPU_KINDS:
         hardware = targets.hardware(target)
-        for name, (op, _) in functions(target).items():
-            blocks = min_blocks(op, hardware, key)
+        for name, (op, extends) in functions(target).items():
+            blocks = min_blocks(op, hardware, _with_rows(key, extends))
             found[name] = found[name].with_attr(MIN_BLOCKS_ATTR, blocks)
     return tvm.IRModule(found)
 

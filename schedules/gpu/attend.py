@@ -45,8 +45,9 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
 
 
 def min_blocks(key: KernelKey) -> int:
-    """Two where the accumulators of larger heads would not leave registers for three."""
-    return 2 if key.compute == "half" and key.head_dim > WIDE_HEAD else MIN_BLOCKS
+    """Two where there are no registers for three, on some architecture: 167 each."""
+    wide = key.head_dim > WIDE_HEAD or key.rows_per_query > 1
+    return 2 if key.compute == "half" and wide else MIN_BLOCKS
 
 
 def shared_bytes(key: KernelKey, hardware: Hardware, rows: int, chunk: int) -> int:
