@@ -13,40 +13,23 @@ from tvm.script import tirx as T
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PACKED_VALUES
 from kivi_tvm.ops.contract_half import output_blocks, score_blocks
-from kivi_tvm.ops.exp2 import ROUNDER, ROUNDER_BITS
-from kivi_tvm.ops.fragments import (
-    CODE_UNIT,
-    LANES,
-    QUERIES,
-    TOKENS,
-    HalfTile,
-    rounded_pair,
-    transposed_pair,
-)
-from kivi_tvm.ops.online_softmax import LOG2_E, row_tiles, store_blocks
+from kivi_tvm.ops.fragments import CODE_UNIT, LANES, QUERIES, TOKENS, HalfTile
+from kivi_tvm.ops.online_softmax import row_tiles, store_blocks
 from kivi_tvm.ops.prefetch import prefetch_tile
+from kivi_tvm.ops.softmax_half import (
+    lift_blocks,
+    query_blocks,
+    softmax_half_blocks,
+    start_half_blocks,
+    total_blocks,
+)
 
 WARPS = 4
-TINY = 2.0**-100  # below it a query is zero
-TOP_EXPONENT = 15  # of float16: powers of two and products of at most half of 2^16
-FLOAT16_MAX = 65504.0
-
-
 # Blocks that ask for the memory of a warp's next tile.
 FETCH = (
     "fetch_k_code", "fetch_k_scale", "fetch_k_zero",
     "fetch_v_code", "fetch_v_scale", "fetch_v_zero",
 )  # fmt: skip
-
-
-def exponent_above(x):
-    """The least `e` with `x < 2^e`, for float32 `x >= 0`."""
-    return T.Cast("int32", T.reinterpret("uint32", x) >> T.uint32(23)) - 126
-
-
-def small_float(number):
-    """An integer of less than 2^22 as float32, without a conversion, which GPUs do slowly."""
-    return T.reinterpret("float32", ROUNDER_BITS + number) - T.float32(ROUNDER)
 
 
 def attend_half(key: KernelKey, warps: int = WARPS):
@@ -61,7 +44,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
     SPLIT, N_k, N_v = key.split_tokens, P // G_k, D // G_v
     SPANS, PAIRS = tile.key_spans, tile.key_pairs
-    X, PRODUCTS, RUNS = tile.matrices, tile.value_rows, N_v * TOKENS // 8
+    X, PRODUCTS = tile.matrices, tile.value_rows
     GROUPS = max(1, TOKENS // G_k)
     fetch = [
         prefetch_tile(name, rows, columns, itemsize)
@@ -73,8 +56,9 @@ def attend_half(key: KernelKey, warps: int = WARPS):
             strict=True,
         )
     ]
-    LANE_RUNS = -(-RUNS // LANES)
-    scores, outputs, store = score_blocks(key), output_blocks(key), store_blocks(M, D)
+    queries, start, find_lift = query_blocks(key, M), start_half_blocks(PRODUCTS), lift_blocks(key)
+    scores, softmax, outputs = score_blocks(key), softmax_half_blocks(key), output_blocks(key)
+    sum_up, store = total_blocks(), store_blocks(M, D)
 
     @T.prim_func(s_tir=True)
     def attend(
@@ -157,11 +141,6 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                         T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
                         slot = T.sblock_alloc_buffer((1,), "int32")
                         inside = T.sblock_alloc_buffer((1,), "int32")  # packed tokens of the split
-                        q_raw = T.sblock_alloc_buffer((LANES, SPANS, W_k), "float32")
-                        q_own = T.sblock_alloc_buffer((LANES,), "float32")
-                        q_near = T.sblock_alloc_buffer((LANES,), "float32")
-                        q_top = T.sblock_alloc_buffer((LANES,), "float32")
-                        q_unit = T.sblock_alloc_buffer((LANES,), "float32")
                         q_pair = T.sblock_alloc_buffer((LANES, SPANS * PAIRS), "uint32")
                         gain = T.sblock_alloc_buffer((LANES, 2), "float32")
                         ref = T.sblock_alloc_buffer((LANES, 2), "float32")
@@ -180,66 +159,8 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 T.min(SPLIT, state[slots[b], PACKED_VALUES] - first),
                                 0,
                             )
-                        for s, lane, o in T.grid(SPANS, LANES, W_k):
-                            with T.sblock("q_raw"):
-                                vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
-                                channel = T.meta_var((4 * vs + vl % 4) * W_k + vo)
-                                q_raw[vl, vs, vo] = T.if_then_else(
-                                    T.And(vl // 4 < M, channel < D),
-                                    T.Cast("float32", q[b, row + vl // 4, channel]),
-                                    T.float32(0),
-                                )
-                        for lane, s, o in T.grid(LANES, SPANS, W_k):
-                            with T.sblock("q_own"):
-                                vl, vs, vo = T.axis.remap("SRR", [lane, s, o])
-                                with T.init():
-                                    q_own[vl] = T.float32(TINY)
-                                q_own[vl] = T.max(q_own[vl], T.abs(q_raw[vl, vs, vo]))
-                        for lane in range(LANES):
-                            with T.sblock("q_near"):
-                                vl = T.axis.spatial(LANES, lane)
-                                q_near[vl] = T.max(q_own[vl], q_own[vl // 4 * 4 + (vl + 2) % 4])
-                        for lane in range(LANES):
-                            with T.sblock("q_top"):
-                                vl = T.axis.spatial(LANES, lane)
-                                q_top[vl] = T.max(q_near[vl], q_near[vl // 4 * 4 + (vl + 1) % 4])
-                        for lane in range(LANES):
-                            with T.sblock("q_unit"):
-                                vl = T.axis.spatial(LANES, lane)
-                                # 2^-(e + 1) for a top from 2^e on: all are below 1 with it
-                                q_unit[vl] = T.reinterpret(
-                                    "float32",
-                                    T.uint32(253 << 23)
-                                    - (T.reinterpret("uint32", q_top[vl]) & T.uint32(0x7F800000)),
-                                )
-                        for s, lane, i in T.grid(SPANS, LANES, PAIRS):
-                            with T.sblock("q_pair"):
-                                vs, vl, vp = T.axis.remap("SSS", [s, lane, i])
-                                q_pair[vl, vs * PAIRS + vp] = rounded_pair(
-                                    q_raw[vl, vs, vp] * q_unit[vl],
-                                    q_raw[vl, vs, vp + PAIRS] * q_unit[vl],
-                                )
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("gain"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                unit = T.meta_var(q_unit[(vl % 4 * 2 + ve) * 4])
-                                gain[vl, ve] = T.reinterpret(
-                                    "float32",
-                                    T.uint32(254 << 23) - T.reinterpret("uint32", unit),
-                                ) * (scale * T.float32(LOG2_E))
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("start"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                ref[vl, ve] = T.min_value("float32")
-                                total[vl, ve] = T.float32(0)
-                        for t, lane, e in T.grid(PRODUCTS, LANES, 4):
-                            with T.sblock("start_acc"):
-                                vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
-                                acc[vl, vt * 4 + ve] = T.float32(0)
-                        for lane, e in T.grid(LANES, 4):
-                            with T.sblock("start_zero_acc"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                zero_acc[vl, ve] = T.float32(0)
+                        queries(q, b, row, scale, q_pair, gain)
+                        start(ref, total, acc, zero_acc)
                         turns = T.meta_var(
                             T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, warps))
                         )
@@ -272,21 +193,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 left = T.meta_var(inside[0] - done)
                                 page = T.sblock_alloc_buffer((1,), "int32")
                                 score = T.sblock_alloc_buffer((LANES, X, 2), "float32")
-                                prob = T.sblock_alloc_buffer((LANES, X, 2), "float32")
-                                own_max = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                max_of_2 = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                max_of_4 = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                top_scale = T.sblock_alloc_buffer((LANES, LANE_RUNS, 8), "float16")
-                                own_top = T.sblock_alloc_buffer((LANES,), "float32")
-                                top_of_2 = T.sblock_alloc_buffer((LANES,), "float32")
-                                top_of_4 = T.sblock_alloc_buffer((LANES,), "float32")
-                                top_of_8 = T.sblock_alloc_buffer((LANES,), "float32")
-                                top_of_16 = T.sblock_alloc_buffer((LANES,), "float32")
                                 lift = T.sblock_alloc_buffer((LANES,), "float32")
-                                new_ref = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                keep = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                own_sum = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                prob_row = T.sblock_alloc_buffer((LANES, X), "uint32")
                                 prob_pair = T.sblock_alloc_buffer((LANES, X), "uint32")
                                 with T.sblock("page"):
                                     T.reads(page_table[slot[0], base // P])
@@ -314,170 +221,20 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     q_pair, gain, k_code, k_scale, k_zero, page, head,
                                     base % P, left, score,
                                 )  # fmt: skip
-                                for lane, e, x in T.grid(LANES, 2, X):
-                                    with T.sblock("own_max"):
-                                        vl, ve, vx = T.axis.remap("SSR", [lane, e, x])
-                                        with T.init():
-                                            own_max[vl, ve] = T.min_value("float32")
-                                        own_max[vl, ve] = T.max(own_max[vl, ve], score[vl, vx, ve])
-                                for lane, e in T.grid(LANES, 2):
-                                    with T.sblock("max_of_2"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        max_of_2[vl, ve] = T.max(
-                                            own_max[vl, ve], own_max[(vl + 16) % LANES, ve]
-                                        )
-                                for lane, e in T.grid(LANES, 2):
-                                    with T.sblock("max_of_4"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        max_of_4[vl, ve] = T.max(
-                                            max_of_2[vl, ve], max_of_2[(vl + 8) % LANES, ve]
-                                        )
-                                for lane, n, o in T.grid(LANES, LANE_RUNS, 8):
-                                    with T.sblock("top_scale"):
-                                        vl, vn, vo = T.axis.remap("SSS", [lane, n, o])
-                                        run = T.meta_var(T.min(vn * LANES + vl, RUNS - 1))
-                                        top_scale[vl, vn, vo] = v_scale[
-                                            page[0], head, run // 8, base % P + run % 8 * 8 + vo
-                                        ]
-                                for lane, n, o in T.grid(LANES, LANE_RUNS, 8):
-                                    with T.sblock("own_top"):
-                                        vl, vn, vo = T.axis.remap("SRR", [lane, n, o])
-                                        run = T.meta_var(T.min(vn * LANES + vl, RUNS - 1))
-                                        token = T.meta_var(run % 8 * 8 + vo)
-                                        found = T.meta_var(T.Cast("float32", top_scale[vl, vn, vo]))
-                                        with T.init():
-                                            own_top[vl] = T.float32(0)
-                                        own_top[vl] = T.max(
-                                            own_top[vl],
-                                            T.Select(
-                                                T.And(
-                                                    token < left, found <= T.float32(FLOAT16_MAX)
-                                                ),
-                                                found,
-                                                T.float32(0),
-                                            ),
-                                        )
-                                for lane in range(LANES):
-                                    with T.sblock("top_of_2"):
-                                        vl = T.axis.spatial(LANES, lane)
-                                        top_of_2[vl] = T.max(
-                                            own_top[vl], own_top[(vl + 16) % LANES]
-                                        )
-                                for lane in range(LANES):
-                                    with T.sblock("top_of_4"):
-                                        vl = T.axis.spatial(LANES, lane)
-                                        top_of_4[vl] = T.max(
-                                            top_of_2[vl], top_of_2[(vl + 8) % LANES]
-                                        )
-                                for lane in range(LANES):
-                                    with T.sblock("top_of_8"):
-                                        vl = T.axis.spatial(LANES, lane)
-                                        top_of_8[vl] = T.max(
-                                            top_of_4[vl], top_of_4[(vl + 4) % LANES]
-                                        )
-                                for lane in range(LANES):
-                                    with T.sblock("top_of_16"):
-                                        vl = T.axis.spatial(LANES, lane)
-                                        top_of_16[vl] = T.max(
-                                            top_of_8[vl], top_of_8[(vl + 2) % LANES]
-                                        )
-                                for lane in range(LANES):
-                                    with T.sblock("lift"):
-                                        vl = T.axis.spatial(LANES, lane)
-                                        top = T.meta_var(
-                                            T.max(top_of_16[vl], top_of_16[(vl + 1) % LANES])
-                                        )
-                                        exponent = T.meta_var(exponent_above(top))
-                                        lift[vl] = small_float(
-                                            T.max(exponent - TOP_EXPONENT, -TOP_EXPONENT)
-                                        )
-                                for lane, e in T.grid(LANES, 2):
-                                    with T.sblock("new_ref"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        new_ref[vl, ve] = T.max(
-                                            ref[vl, ve],
-                                            T.max(max_of_4[vl, ve], max_of_4[(vl + 4) % LANES, ve])
-                                            + lift[vl],
-                                        )
-                                for lane, e in T.grid(LANES, 2):
-                                    with T.sblock("keep"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        keep[vl, ve] = T.exp2(ref[vl, ve] - new_ref[vl, ve])
-                                for x, lane, e in T.grid(X, LANES, 2):
-                                    with T.sblock("prob"):
-                                        vx, vl, ve = T.axis.remap("SSS", [x, lane, e])
-                                        prob[vl, vx, ve] = T.exp2(
-                                            score[vl, vx, ve] - new_ref[vl, ve]
-                                        )
-                                for lane, e, x in T.grid(LANES, 2, X):
-                                    with T.sblock("own_sum"):
-                                        vl, ve, vx = T.axis.remap("SSR", [lane, e, x])
-                                        with T.init():
-                                            own_sum[vl, ve] = T.float32(0)
-                                        own_sum[vl, ve] += prob[vl, vx, ve]
-                                for lane, e in T.grid(LANES, 2):
-                                    with T.sblock("keep_total"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        T.reads(keep[vl, ve], own_sum[vl, ve])
-                                        T.writes(total[vl, ve])
-                                        total[vl, ve] = (
-                                            total[vl, ve] * keep[vl, ve] + own_sum[vl, ve]
-                                        )
-                                for t, lane, e in T.grid(PRODUCTS, LANES, 4):
-                                    with T.sblock("keep_acc"):
-                                        vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
-                                        T.reads(keep[vl, ve % 2])
-                                        T.writes(acc[vl, vt * 4 + ve])
-                                        acc[vl, vt * 4 + ve] = (
-                                            acc[vl, vt * 4 + ve] * keep[vl, ve % 2]
-                                        )
-                                for lane, e in T.grid(LANES, 4):
-                                    with T.sblock("keep_zero_acc"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        T.reads(keep[vl, ve % 2])
-                                        T.writes(zero_acc[vl, ve])
-                                        zero_acc[vl, ve] = zero_acc[vl, ve] * keep[vl, ve % 2]
-                                for lane, e in T.grid(LANES, 2):
-                                    with T.sblock("keep_ref"):
-                                        vl, ve = T.axis.remap("SS", [lane, e])
-                                        ref[vl, ve] = new_ref[vl, ve]
-                                for x, lane in T.grid(X, LANES):
-                                    with T.sblock("prob_row"):
-                                        vx, vl = T.axis.remap("SS", [x, lane])
-                                        prob_row[vl, vx] = rounded_pair(
-                                            prob[vl, vx, 0], prob[vl, vx, 1]
-                                        )
-                                for x, lane in T.grid(X, LANES):
-                                    with T.sblock("prob_pair"):
-                                        vx, vl = T.axis.remap("SS", [x, lane])
-                                        prob_pair[vl, vx] = transposed_pair(
-                                            lambda of: prob_row[of, vx], vl
-                                        )
+                                find_lift(v_scale, page, head, base % P, left, lift)
+                                softmax(score, lift, ref, total, acc, zero_acc, prob_pair)
                                 outputs(
                                     prob_pair, v_code, v_scale, v_zero, page, head, base % P, left,
                                     acc, zero_acc,
                                 )  # fmt: skip
-                        sum_of_2 = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        sum_of_8 = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        sum_of_4 = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("sum_of_2"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                sum_of_2[vl, ve] = total[vl, ve] + total[(vl + 16) % LANES, ve]
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("sum_of_4"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                sum_of_4[vl, ve] = sum_of_2[vl, ve] + sum_of_2[(vl + 8) % LANES, ve]
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("sum_of_8"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                sum_of_8[vl, ve] = sum_of_4[vl, ve] + sum_of_4[(vl + 4) % LANES, ve]
+                        totals = T.sblock_alloc_buffer((LANES, 2), "float32")
+                        sum_up(total, totals)
                         for lane, e in T.grid(LANES, 2):
                             with T.sblock("warp_stat"):
                                 vl, ve = T.axis.remap("SS", [lane, e])
                                 T.where(lane % 4 * 2 + e < M)
                                 warp_ref[vw, vl % 4 * 2 + ve] = ref[vl, ve]
-                                warp_sum[vw, vl % 4 * 2 + ve] = sum_of_8[vl, ve]
+                                warp_sum[vw, vl % 4 * 2 + ve] = totals[vl, ve]
                         zero_of = T.sblock_alloc_buffer((LANES, N_v, 2), "float32")
                         for g, lane, e in T.grid(N_v, LANES, 2):
                             with T.sblock("zero_of"):
