@@ -97,6 +97,30 @@ def test_auto_is_a_mode_by_what_the_processor_can_and_the_cache_is():
     assert cfg.kernel_key(byte_dot=True) == replace(cfg, compute="int8").kernel_key()
 
 
+def test_auto_takes_tensor_cores_where_they_serve():
+    cfg = KiviConfig(**GOOD)
+    assert cfg.compute_mode(tensor_cores=True) == "half"
+    assert replace(cfg, key_bits=8, dtype="bfloat16").compute_mode(tensor_cores=True) == "half"
+    assert replace(cfg, page_size=96).compute_mode(tensor_cores=True) == "float"
+    assert replace(cfg, dtype="float32").compute_mode(tensor_cores=True) == "float"
+    key = replace(cfg, compute="half").kernel_key()
+    assert cfg.kernel_key(tensor_cores=True) == key and key.pack_order == "fragment"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "float32"}, ["`dtype`", "'float16' or 'bfloat16'", "compute='half'"]),
+        ({"page_size": 96}, ["`page_size`", "multiple of 64", "compute='half'", "96"]),
+    ],
+)
+def test_what_tensor_cores_do_not_serve(change, words):
+    with pytest.raises(ValueError) as error:
+        KiviConfig(**GOOD | change, compute="half")
+    for word in words:
+        assert word in str(error.value)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_has_a_group_size(head_dim):
     KiviConfig(head_dim, 4, 2, value_group_size=16)

@@ -94,6 +94,31 @@ def test_order_by_bytes():
     assert order.element(7, 15) == 127 and order.element(8, 0) == 128
 
 
+def test_order_by_fragments():
+    """Runs of 8 are dealt out to four words; half of each run is in a word's low half."""
+    order = pack_order("fragment", 2, 128, run=8)
+    assert [order.element(1, slot) for slot in range(16)] == [
+        8, 9, 10, 11, 40, 41, 42, 43, 12, 13, 14, 15, 44, 45, 46, 47,
+    ]  # fmt: skip
+    assert order.element(4, 0) == 64
+    plain = pack_order("plain", 2, 128)
+    whole = pack_order("fragment", 2, 128)  # runs as long as words
+    for i in range(128):
+        assert (whole.word(i), whole.slot(i)) == (plain.word(i), plain.slot(i))
+
+
+@pytest.mark.parametrize("run", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
+def test_fragments_are_a_bijection(bits, run):
+    if run > 32 // bits:
+        run = 32 // bits
+    order = pack_order("fragment", bits, 128, run)
+    places = {(order.word(i), order.slot(i)) for i in range(256)}
+    assert len(places) == 256 and max(places)[0] == 256 * bits // 32 - 1
+    for i in range(256):
+        assert order.element(order.word(i), order.slot(i)) == i
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", PACK_ORDERS)
 def test_the_first_token_of_a_word_is_in_its_first_slot(name, bits):

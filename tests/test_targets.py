@@ -161,6 +161,7 @@ def test_cuda_targets_have_this_machine_as_host(monkeypatch):
     [
         (replace(CFG, compute="int8"), "sm_90", ["`compute`", "'int8'", "CPUs"]),
         (replace(CFG, dtype="bfloat16"), "sm_75", ["`dtype`", "'bfloat16'", "sm_80"]),
+        (replace(CFG, compute="half"), "sm_75", ["`compute`", "'half'", "tensor cores", "sm_80"]),
     ],
     ids=["compute", "dtype"],
 )

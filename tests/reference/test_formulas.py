@@ -105,7 +105,7 @@ def test_pack_and_unpack_are_inverse(seed, bits, dim):
     orders += [pack_order("fragment", bits, 64, run) for run in (2, 4, 8) if run <= 32 // bits]
     for order in [plain, *orders]:
         words = pack(code, bits, dim, order)
-        assert words.dtype == torch.int32 and words.shape[dim] == bits
+        assert words.dtype == torch.int32 and words.shape[dim] == 2 * bits
         assert torch.equal(unpack(words, bits, dim, order), code)
         assert torch.equal(repack(words, dim, order, plain), pack(code, bits, dim))
 
