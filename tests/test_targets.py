@@ -153,7 +153,7 @@ def test_cuda_targets_have_this_machine_as_host(monkeypatch):
     assert targets.as_dict(found.host) == targets.as_dict(native)
     assert targets.required_cpu_flags(found) == targets.required_cpu_flags(native)
     assert targets.hardware(found).model == "gpu"
-    assert targets.kernel_key(CFG, found).compute == "float"
+    assert targets.kernel_key(CFG, found).compute == "half"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_cuda_targets_have_this_machine_as_host(monkeypatch):
         (replace(CFG, dtype="bfloat16"), "sm_75", ["`dtype`", "'bfloat16'", "sm_80"]),
         (replace(CFG, compute="half"), "sm_75", ["`compute`", "'half'", "tensor cores", "sm_80"]),
     ],
-    ids=["compute", "dtype"],
+    ids=["integers", "dtype", "tensor-cores"],
 )
 def test_what_a_gpu_has_not(cfg, arch, words):
     with pytest.raises(UserError) as error:
