@@ -6,7 +6,6 @@ and its CUDA source is run by `emulated_cuda`, instructions of warps included.
 
 import math
 from dataclasses import replace
-from functools import cache
 
 import configurations
 import pytest
@@ -18,37 +17,45 @@ from ops.plain import plain_kernel
 from tolerance import relative_l2
 
 SOME = HALF[::5]
+LENGTHS = 500, None, 0, 31, 1  # beyond the window; None: no row
 
 
-@pytest.fixture(autouse=True, params=["operator", "source"])
-def kernels(request, monkeypatch):
+@pytest.fixture(autouse=True)
+def kernel(request, monkeypatch):
     """Let `test_attend.check` take the kernels of mode "half"."""
     where = request.config.getoption("--kernels")
-    if where == "opencl" or (where == "cuda" and request.param == "source"):
-        pytest.skip("needs a CPU" if where == "cuda" else "needs a CPU or tensor cores")
-    kernel = gpu_kernel if where == "cuda" else KERNELS[request.param]
-    monkeypatch.setattr(test_attend, "kernel", kernel)
+    if where == "opencl":
+        pytest.skip("needs a CPU or tensor cores")
+    monkeypatch.setattr(test_attend, "kernel", gpu_kernel if where == "cuda" else operator)
 
 
 def gpu_kernel(cfg):
     return configurations.library(cfg)["attend"]
 
 
-def plain(cfg):
+def operator(cfg):
     return plain_kernel("attend", cfg.kernel_key())
 
 
-def emulated_kernel(cfg):
-    return EmulatedLibrary(cfg.kernel_key())["attend"]
-
-
-KERNELS = {"operator": plain, "source": cache(emulated_kernel)}
+def check_ragged(cfg):
+    lengths = [n if n is None else n + cfg.R for n in LENGTHS]
+    test_attend.check(cfg, [*lengths, 0, cfg.R + cfg.kernel_key().split_tokens + 63])
 
 
 @pytest.mark.parametrize("cfg", HALF, ids=config_id)
 def test_ragged_rows(cfg):
-    R, split = cfg.R, cfg.kernel_key().split_tokens
-    test_attend.check(cfg, [500, None, R + 1, R + 31, 0, R, R + split + 63])
+    check_ragged(cfg)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow, id=config_id(x)) for x in HALF],
+)
+def test_cuda_source(cfg, monkeypatch):
+    library = EmulatedLibrary(cfg.kernel_key())
+    monkeypatch.setattr(test_attend, "kernel", lambda _: library["attend"])
+    check_ragged(cfg)
 
 
 @pytest.mark.parametrize("data", ATTENDED_DATA)
