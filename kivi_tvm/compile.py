@@ -61,11 +61,6 @@ def functions(target: Target) -> dict[str, tuple[str, bool]]:
     return FUNCTIONS | (GPU_FUNCTIONS if target.kind.name in targets.GPU_KINDS else {})
 
 
-def _with_rows(key: KernelKey, extends: bool) -> KernelKey:
-    """The key of a function that takes one token's queries, or several."""
-    return replace(key, rows_per_query=key.extend_rows) if extends else key
-
-
 class Scheduler:
     """Makes and schedules the function `name` of `FUNCTIONS`, with any decisions.
 
@@ -83,7 +78,7 @@ class Scheduler:
     def __init__(self, name: str, key: KernelKey, target: Target) -> None:
         self._name = name
         self._op, extends = functions(target)[name]
-        self._key = _with_rows(key, extends)
+        self._key = replace(key, rows_per_query=key.extend_rows) if extends else key
         self._hardware = targets.hardware(target)
         self._offers = offers(self._op, self._hardware, self._key)
         self._rule = rule(self._op, self._hardware)
@@ -104,8 +99,11 @@ class Scheduler:
         taken = {parameter: choice.taken for parameter, choice in made.items()}
         way = tuple(taken.values())
         if way not in self._parsed:
-            function = OPS[self._op](self._key, **taken)
-            self._parsed[way] = function.with_attr("global_symbol", self._name)
+            function = OPS[self._op](self._key, **taken).with_attr("global_symbol", self._name)
+            if self._hardware.model == "gpu":
+                blocks = min_blocks(self._op, self._hardware, self._key)
+                function = function.with_attr(MIN_BLOCKS_ATTR, blocks)
+            self._parsed[way] = function
         # A schedule changes blocks in place that it should copy: each gets a function anew.
         module = tvm.IRModule({self._name: renew_defs(self._parsed[way])})
         schedule = GuidedSchedule(module, decisions, made)
@@ -190,16 +188,12 @@ def scheduled_module(
 ) -> tvm.IRModule:
     """Every function of `key` for `target`: those of `schedules`, the others by default."""
     given = schedules or {}
-    found = {
-        name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
-        for name in functions(target)
-    }
-    if target.kind.name in targets.GPU_KINDS:
-        hardware = targets.hardware(target)
-        for name, (op, extends) in functions(target).items():
-            blocks = min_blocks(op, hardware, _with_rows(key, extends))
-            found[name] = found[name].with_attr(MIN_BLOCKS_ATTR, blocks)
-    return tvm.IRModule(found)
+    return tvm.IRModule(
+        {
+            name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
+            for name in functions(target)
+        }
+    )
 
 
 def compile_kernels(

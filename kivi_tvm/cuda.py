@@ -13,6 +13,8 @@ from pathlib import Path
 
 # Work-groups of a multiprocessor that a kernel leaves registers for, unless it says otherwise.
 MIN_BLOCKS = 3
+# How ptxas trades registers: its own default; TVM's, 10, spills on sm_100 and sm_120.
+PTXAS_LEVEL = "5"
 NEEDS_COMPILER = (
     "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
     "or NVRTC (`pip install cuda-bindings`)"

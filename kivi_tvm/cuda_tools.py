@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kivi_tvm.cuda import find_nvcc
+from kivi_tvm.cuda import PTXAS_LEVEL, find_nvcc
 from kivi_tvm.errors import UserError
 from kivi_tvm.machine_code import KernelCode, kernels
 
@@ -24,7 +24,7 @@ MISSING = (
     "`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
 )
 # As TVM compiles kernels.
-NVCC_OPTIONS = ["-cubin", "-O3", "-w", "--ptxas-options=--register-usage-level=10"]
+NVCC_OPTIONS = ["-cubin", "-O3", "-w", f"--ptxas-options=--register-usage-level={PTXAS_LEVEL}"]
 SOURCE_MARK = b'extern "C" __global__ '
 
 # Magic number, version, bytes of the header, bytes after it.

@@ -40,7 +40,7 @@ from tvm.tirx import (
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 from tvm.tirx.transform import LowerWarpMemory
 
-from kivi_tvm.cuda import find_compiler, find_nvcc, with_launch_bounds
+from kivi_tvm.cuda import PTXAS_LEVEL, find_compiler, find_nvcc, with_launch_bounds
 
 NAME = "kivi_tvm"
 MIN_BLOCKS_ATTR = "kivi.min_blocks"  # of a function: `cuda.with_launch_bounds`
@@ -53,7 +53,6 @@ __device__ __forceinline__ void kivi_tvm_prefetch(const void* address) {
 }
 """
 EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
-PTXAS_LEVEL = "5"  # ptxas's own default; TVM's, 10, spills on sm_100 and sm_120
 LINE_BYTES = 64
 MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.module import Module, build, build_with
 from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.workloads import Inputs, Workload
-
-if TYPE_CHECKING:
-    from tvm.target import Target
 
 # On data that is not "normal". Outputs that are almost 0 lose digits in float32 (1e-5 was seen at
 # 2,048 tokens).
@@ -58,8 +55,16 @@ def modes(
         A mode is not known or not possible with these bits.
     """
     most, resolved = max(w.key_bits, w.value_bits), targets.resolve(target)
+
+    def is_possible(mode: str) -> bool:
+        try:
+            targets.kernel_key(replace(w, compute=mode).cfg, resolved)
+        except (UserError, ValueError):
+            return False
+        return True
+
     if names is None:
-        names = [mode for mode in COMPUTE_MODES if _is_possible(w, mode, resolved)]
+        names = list(filter(is_possible, COMPUTE_MODES))
     taken = targets.kernel_key(replace(w, compute="auto").cfg, resolved).compute
     found: dict[str, bool] = {}
     for name in names:
@@ -71,14 +76,6 @@ def modes(
         mode = taken if name == "auto" else name
         found[mode] = found.get(mode, False) or name == "auto"
     return found
-
-
-def _is_possible(w: Workload, mode: str, target: Target) -> bool:
-    try:
-        targets.kernel_key(replace(w, compute=mode).cfg, target)
-    except (UserError, ValueError):
-        return False
-    return True
 
 
 def modules(cfg: KiviConfig, target: str) -> dict[str, Module]:

@@ -99,7 +99,8 @@ class Rows:
     @property
     def nbytes(self) -> int:
         tensors = (self.state, self.state_before, self.sink_state, self.sink_state_before)
-        return sum(x.nbytes for x in (*tensors, self.slots, self.one))
+        states = sum(x.untyped_storage().nbytes() for x in tensors)
+        return states + self.slots.nbytes + self.one.nbytes
 
     def body(self, length: int) -> int:
         """Body tokens of a row of `length` tokens."""
