@@ -7,9 +7,11 @@ of the PTX manual.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
+from tvm.tirx import Var
 
 from kivi_tvm.ops.fragments import (
     DEPTH,
@@ -31,6 +33,13 @@ __device__ __forceinline__ unsigned kivi_tvm_transpose(unsigned x) {
 """
 
 
+def registers(handle: Var, count: int, dtype: str, of_lane: Var) -> Any:
+    """`count` registers of every lane: elements side by side, lanes `of_lane` elements apart."""
+    return T.match_buffer(
+        handle, (LANES, count), dtype, strides=[of_lane, 1], offset_factor=1, scope="warp"
+    )
+
+
 @cache
 def mma() -> str:
     """The name of the intrinsic `c [32, 4] += a [32, 4] b [32, 2]`, registers of lanes."""
@@ -39,15 +48,9 @@ def mma() -> str:
     @T.prim_func(s_tir=True)
     def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a_lane, b_lane, lane_of_c = T.int32(), T.int32(), T.int32()
-        a = T.match_buffer(
-            a_handle, (LANES, 4), "uint32", strides=[a_lane, 1], offset_factor=1, scope="warp"
-        )
-        b = T.match_buffer(
-            b_handle, (LANES, 2), "uint32", strides=[b_lane, 1], offset_factor=1, scope="warp"
-        )
-        c = T.match_buffer(
-            c_handle, (LANES, 4), "float32", strides=[lane_of_c, 1], offset_factor=1, scope="warp"
-        )
+        a = registers(a_handle, 4, "uint32", a_lane)
+        b = registers(b_handle, 2, "uint32", b_lane)
+        c = registers(c_handle, 4, "float32", lane_of_c)
         with T.sblock("root"):
             T.reads(c[0:LANES, 0:4], a[0:LANES, 0:4], b[0:LANES, 0:2])
             T.writes(c[0:LANES, 0:4])
@@ -61,15 +64,9 @@ def mma() -> str:
     @T.prim_func(s_tir=True)
     def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a_lane, b_lane, lane_of_c = T.int32(), T.int32(), T.int32()
-        a = T.match_buffer(
-            a_handle, (LANES, 4), "uint32", strides=[a_lane, 1], offset_factor=1, scope="warp"
-        )
-        b = T.match_buffer(
-            b_handle, (LANES, 2), "uint32", strides=[b_lane, 1], offset_factor=1, scope="warp"
-        )
-        c = T.match_buffer(
-            c_handle, (LANES, 4), "float32", strides=[lane_of_c, 1], offset_factor=1, scope="warp"
-        )
+        a = registers(a_handle, 4, "uint32", a_lane)
+        b = registers(b_handle, 2, "uint32", b_lane)
+        c = registers(c_handle, 4, "float32", lane_of_c)
         with T.sblock("root"):
             T.reads(c[0:LANES, 0:4], a[0:LANES, 0:4], b[0:LANES, 0:2])
             T.writes(c[0:LANES, 0:4])
@@ -96,12 +93,8 @@ def transpose() -> str:
     @T.prim_func(s_tir=True)
     def description(x_handle: T.handle, y_handle: T.handle) -> None:
         x_lane, y_lane = T.int32(), T.int32()
-        x = T.match_buffer(
-            x_handle, (LANES, 1), "uint32", strides=[x_lane, 1], offset_factor=1, scope="warp"
-        )
-        y = T.match_buffer(
-            y_handle, (LANES, 1), "uint32", strides=[y_lane, 1], offset_factor=1, scope="warp"
-        )
+        x = registers(x_handle, 1, "uint32", x_lane)
+        y = registers(y_handle, 1, "uint32", y_lane)
         with T.sblock("root"):
             T.reads(x[0:LANES, 0])
             T.writes(y[0:LANES, 0])
@@ -113,12 +106,8 @@ def transpose() -> str:
     @T.prim_func(s_tir=True)
     def implementation(x_handle: T.handle, y_handle: T.handle) -> None:
         x_lane, y_lane = T.int32(), T.int32()
-        x = T.match_buffer(
-            x_handle, (LANES, 1), "uint32", strides=[x_lane, 1], offset_factor=1, scope="warp"
-        )
-        y = T.match_buffer(
-            y_handle, (LANES, 1), "uint32", strides=[y_lane, 1], offset_factor=1, scope="warp"
-        )
+        x = registers(x_handle, 1, "uint32", x_lane)
+        y = registers(y_handle, 1, "uint32", y_lane)
         with T.sblock("root"):
             T.reads(x[0:LANES, 0])
             T.writes(y[0:LANES, 0])

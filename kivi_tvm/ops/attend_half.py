@@ -32,10 +32,10 @@ FETCH = (
 )  # fmt: skip
 
 
-def attend_half(key: KernelKey, warps: int = WARPS):
+def attend_half(key: KernelKey):
     """Partial attention of every work item over its split of the packed tokens.
 
-    Parameters and results as of `attend`; of `warps` warps each takes tiles of 64 tokens in turn.
+    Parameters and results as of `attend`; each of `WARPS` warps takes tiles of 64 tokens in turn.
     """
     D, P, dtype = key.head_dim, key.page_size, key.dtype
     tiles, tile = row_tiles(key, QUERIES), HalfTile(key)
@@ -119,12 +119,12 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                 )
                 b = T.meta_var(work[vi, 0])
                 first = T.meta_var(work[vi, 1] * SPLIT)
-                warp_ref = T.sblock_alloc_buffer((warps, M), "float32")
-                warp_sum = T.sblock_alloc_buffer((warps, M), "float32")
-                warp_acc = T.sblock_alloc_buffer((warps, M, D), "float32")
-                for w in range(warps):
+                warp_ref = T.sblock_alloc_buffer((WARPS, M), "float32")
+                warp_sum = T.sblock_alloc_buffer((WARPS, M), "float32")
+                warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
+                for w in range(WARPS):
                     with T.sblock("warp"):
-                        vw = T.axis.spatial(warps, w)
+                        vw = T.axis.spatial(WARPS, w)
                         T.reads(
                             k_code[0:N, head, 0 : D // W_k, 0:P],
                             k_scale[0:N, head, 0:N_k, 0:D],
@@ -162,7 +162,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                         queries(q, b, row, scale, q_pair, gain)
                         start(ref, total, acc, zero_acc)
                         turns = T.meta_var(
-                            T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, warps))
+                            T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, WARPS))
                         )
                         for c in T.serial(turns):
                             with T.sblock("tile"):
@@ -188,7 +188,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     acc[0:LANES, 0 : PRODUCTS * 4],
                                     zero_acc[0:LANES, 0:4],
                                 )
-                                done = T.meta_var((vc * warps + vw) * TOKENS)
+                                done = T.meta_var((vc * WARPS + vw) * TOKENS)
                                 base = T.meta_var(first + done)
                                 left = T.meta_var(inside[0] - done)
                                 page = T.sblock_alloc_buffer((1,), "int32")
@@ -202,7 +202,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 # the last tile again where there is no other
                                 after = T.meta_var(
                                     first
-                                    + (T.Select(vc + 1 < turns, vc + 1, vc) * warps + vw) * TOKENS
+                                    + (T.Select(vc + 1 < turns, vc + 1, vc) * WARPS + vw) * TOKENS
                                 )
                                 next_page = T.sblock_alloc_buffer((1,), "int32")
                                 with T.sblock("next_page"):
@@ -255,26 +255,26 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     + zero_of[vl, tile.channel(vt, 0) // G_v, ve % 2]
                                 )
                 top_ref = T.sblock_alloc_buffer((M,), "float32")
-                share = T.sblock_alloc_buffer((warps, M), "float32")
+                share = T.sblock_alloc_buffer((WARPS, M), "float32")
                 sum_of_warps = T.sblock_alloc_buffer((M,), "float32")
                 acc_of_warps = T.sblock_alloc_buffer((M, D), "float32")
-                for m, w in T.grid(M, warps):
+                for m, w in T.grid(M, WARPS):
                     with T.sblock("top_ref"):
                         vm, vw = T.axis.remap("SR", [m, w])
                         with T.init():
                             top_ref[vm] = T.min_value("float32")
                         top_ref[vm] = T.max(top_ref[vm], warp_ref[vw, vm])
-                for w, m in T.grid(warps, M):
+                for w, m in T.grid(WARPS, M):
                     with T.sblock("share"):
                         vw, vm = T.axis.remap("SS", [w, m])
                         share[vw, vm] = T.exp2(warp_ref[vw, vm] - top_ref[vm])
-                for m, w in T.grid(M, warps):
+                for m, w in T.grid(M, WARPS):
                     with T.sblock("sum_of_warps"):
                         vm, vw = T.axis.remap("SR", [m, w])
                         with T.init():
                             sum_of_warps[vm] = T.float32(0)
                         sum_of_warps[vm] += warp_sum[vw, vm] * share[vw, vm]
-                for m, d, w in T.grid(M, D, warps):
+                for m, d, w in T.grid(M, D, WARPS):
                     with T.sblock("acc_of_warps"):
                         vm, vd, vw = T.axis.remap("SSR", [m, d, w])
                         with T.init():

@@ -17,18 +17,12 @@ from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import LENGTH, PACKED_VALUES
 from kivi_tvm.ops.online_softmax import LOG2_E, merge_blocks, softmax_blocks, start_blocks
 
-WINDOW_CHUNK = 128  # tokens whose scores are held at once
-PART_CHUNK = 32  # partial results
+CHUNK_TOKENS = 128  # of the window, whose scores are held at once
+CHUNK_PARTS = 32  # partial results
 
 
-def combine_window(key: KernelKey, chunk_tokens: int = WINDOW_CHUNK):
+def combine_window(key: KernelKey):
     """The output and log-sum-exp of every row from its window and its splits' partial results.
-
-    Parameters
-    ----------
-    key : KernelKey
-    chunk_tokens : int
-        Tokens of the window whose scores are held at once.
 
     Returns
     -------
@@ -38,7 +32,8 @@ def combine_window(key: KernelKey, chunk_tokens: int = WINDOW_CHUNK):
         row's `ceil(packed_values / split)` first entries are read. Rows with slot -1 give out 0 and
         lse -inf.
     """
-    D, C, X_C, dtype, M = key.head_dim, chunk_tokens, PART_CHUNK, key.dtype, key.queries_per_kv
+    D, M, dtype = key.head_dim, key.queries_per_kv, key.dtype
+    C, X_C = CHUNK_TOKENS, CHUNK_PARTS
     start, softmax = start_blocks(1, D), softmax_blocks(1, C)
     merge, merge_parts = merge_blocks(1, D), merge_blocks(1, D, "_parts")
 
