@@ -27,7 +27,8 @@ BYTE_DOTS = (
 GPU_KINDS = ("cuda", "opencl")
 NO_ARCHITECTURE = "sm_50"  # what TVM takes where none is named and no GPU found
 WARP = 32
-WITHOUT_BFLOAT16 = ("sm_70", "sm_72", "sm_75")  # nor `mma.m16n8k16`
+# Architectures without bfloat16 and `mma.m16n8k16`.
+BEFORE_SM_80 = ("sm_70", "sm_72", "sm_75")
 SHARED_BYTES = 48 * 1024  # that every CUDA device gives without being asked
 
 
@@ -152,7 +153,7 @@ def required_cpu_flags(target: Target) -> tuple[str, ...]:
 def hardware(target: Target) -> Hardware:
     """The facts that schedules use."""
     if target.kind.name in GPU_KINDS:
-        cores = target.kind.name == "cuda" and _architecture(target) not in WITHOUT_BFLOAT16
+        cores = target.kind.name == "cuda" and _architecture(target) not in BEFORE_SM_80
         return Hardware("gpu", warp=WARP, tensor_cores=cores, shared_bytes=SHARED_BYTES)
     features = set(map(str, codegen.llvm_get_cpu_features(target)))
     byte_dot = next((kind for needs, kind in BYTE_DOTS if needs & features), None)
@@ -178,7 +179,7 @@ def kernel_key(cfg: KiviConfig, target: Target) -> KernelKey:
                 "modes of integers are for CPUs"
             )
         arch = _architecture(target)
-        if cfg.dtype == "bfloat16" and arch in WITHOUT_BFLOAT16:
+        if cfg.dtype == "bfloat16" and arch in BEFORE_SM_80:
             raise UserError(f"`dtype` must not be 'bfloat16' for {arch}: CUDA has it from sm_80 on")
     facts = hardware(target)
     if cfg.compute == "half" and not facts.tensor_cores:

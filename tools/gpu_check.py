@@ -4,8 +4,10 @@
 
 needs torch with CUDA, nvcc and no network. A decode step (append, attend, combine) is compared
 with PyTorch's attention on a 16-bit cache that has its last token written, the best of its
-backends. Both run in CUDA graphs over so many layers that their caches exceed the L2 cache. The
-first layer's output is compared with float64 attention on the same codes before any is timed.
+backends. Both run in CUDA graphs over so many layers that their caches exceed the L2 cache, but at
+most 64 of them and 2 GiB of 16-bit caches: packed caches of 1k tokens of one sequence may stay in
+it ("layers" says how many there were). The first layer's output is compared with float64 attention
+on the same codes before any is timed.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ SIZES = (
 SETTINGS = ((2, 32), (2, 128), (4, 32))  # bits, group size
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 CACHED_BYTES = 2 << 30  # of one case's 16-bit caches, at most
-ROTATED_BYTES = 256 << 20  # of packed caches, so that they exceed any L2 cache
+ROTATED_BYTES = 256 << 20  # of packed caches if possible, so that they exceed any L2 cache
 MAX_LAYERS = 64
 TOLERANCE = 5e-3
 REPEATS = 20

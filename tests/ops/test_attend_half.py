@@ -16,6 +16,9 @@ from ops import half_attention, test_attend
 from ops.plain import plain_kernel
 from tolerance import relative_l2
 
+from kivi_tvm.config import KiviConfig
+from kivi_tvm.reference.formulas import attention
+
 SOME = HALF[::5]
 LENGTHS = 500, None, 0, 31, 1  # beyond the window; None: no row
 
@@ -96,3 +99,16 @@ def test_any_size_of_keys_and_values(name, size, monkeypatch):
     monkeypatch.setattr(test_attend, "draw", draw)
     scale = cfg.D**-0.5 / (size if name == "k" else 1)
     test_attend.check(cfg, [cfg.R + 1100], scale=scale)
+
+
+@pytest.mark.parametrize("data", ATTENDED_DATA)
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.01), (4, 0.01), (8, 0.12)])
+def test_share_of_the_error_of_quantization(bits, most, data):
+    cfg = KiviConfig(128, 8, 2, bits, bits, compute="half")
+    pool, inputs, parts = test_attend.check(cfg, [1024], data)
+    q, packed = inputs.q[0, 0].float(), slice(1024 - cfg.R)
+    k, v = pool.dense_keys(inputs.k, 0), pool.dense_values(inputs.v, 0)
+    of_codes, _ = attention(q.double(), k[:, packed].double(), v[:, packed].double())
+    exact, _ = attention(q.double(), *(x[0, :, packed].double() for x in (inputs.k, inputs.v)))
+    found = parts.acc[0, :, 0].double() / parts.stat[0, :, 0, 1:].double()
+    assert (found - of_codes).norm() < most * (of_codes - exact).norm()
