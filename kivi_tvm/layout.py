@@ -6,16 +6,19 @@ converters all ask it, with Python ints, torch tensors or TensorIR expressions a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kivi_tvm.config import PACK_ORDERS, WORD_BITS, KernelKey, KiviConfig
+from kivi_tvm.config import HALF_PAGE_UNIT, PACK_ORDERS, WORD_BITS, KernelKey, KiviConfig
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4}
 STATE_FIELDS = ("length", "packed_keys", "packed_values", "reserved")
 LENGTH, PACKED_KEYS, PACKED_VALUES = 0, 1, 2
 NO_PAGE = -1
 BYTE_BITS = 8
+# In mode "half" a row is cut into so many parts before its parts become longer.
+SHORT_SPLITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,3 +223,32 @@ def packed_keys(cfg: KiviConfig, length: int) -> int:
 def packed_values(cfg: KiviConfig, length: int) -> int:
     """Values held as codes after `length` tokens: all but the last R (paper Algorithm 1)."""
     return max(0, length - cfg.R)
+
+
+def split_tokens(
+    key: KernelKey,
+    packed: Any,
+    most: Any,
+    select: Callable[[Any, Any, Any], Any] = lambda holds, one, other: one if holds else other,
+) -> Any:
+    """Packed tokens of one work item of `attend`, of a row that has `packed` of them.
+
+    Depends on the row's own length alone, so that a row gives the same bits in every batch. In mode
+    "half" parts of short rows are a quarter or half of `most`: a row has too few otherwise for all
+    of a GPU, and on longer ones small parts cost more than they bring.
+
+    Parameters
+    ----------
+    key : KernelKey
+    packed, most : int or TensorIR expression
+        `most` is `key.split_tokens`, of the key of the function that attends.
+    select : callable
+        `select(holds, one, other)`, for expressions.
+    """
+    if key.compute != "half":
+        return most
+    found = most
+    for parts in (2, 4):
+        split = most // parts // HALF_PAGE_UNIT * HALF_PAGE_UNIT
+        found = select(packed <= SHORT_SPLITS * split, split, found)
+    return found

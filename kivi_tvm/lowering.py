@@ -46,10 +46,13 @@ NAME = "kivi_tvm"
 MIN_BLOCKS_ATTR = "kivi.min_blocks"  # of a function: `cuda.with_launch_bounds`
 # Those of the module that is compiled.
 _blocks: ContextVar[Mapping[str, int]] = ContextVar("blocks", default={})  # noqa: B039
-ACTIVE_LANES, PREFETCH = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.prefetch")
-PREFETCH_SOURCE = """
-__device__ __forceinline__ void kivi_tvm_prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+ACTIVE_LANES, EXP2 = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.exp2")
+# exp2f without what it does for results below 2^-126, which are 0 here
+EXP2_SOURCE = """
+__device__ __forceinline__ float kivi_tvm_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 """
 EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
@@ -170,8 +173,10 @@ def lower_warp_memory(module: IRModule, _: PassContext) -> IRModule:
 def _for_warps(call: Call) -> Expr:
     if call.op.same_as(ACTIVE_LANES):
         return IntImm("uint32", 0xFFFFFFFF)
-    if call.op.same_as(PREFETCH):
-        return cuda_func_call("kivi_tvm_prefetch", call.args[0], source_code=PREFETCH_SOURCE)
+    if call.op.same_as(EXP2):
+        return cuda_func_call(
+            "kivi_tvm_exp2", call.args[0], source_code=EXP2_SOURCE, return_type="float32"
+        )
     return call
 
 

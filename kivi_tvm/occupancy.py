@@ -6,6 +6,7 @@ in the CUDA toolkit's `cuda_occupancy.h`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 
 from kivi_tvm.cuda import base_architecture
@@ -47,6 +48,23 @@ LIMITS = {
     "sm_100": Limits(64, 32, 228 << 10),
     "sm_120": Limits(48, 24, 100 << 10),
 }
+
+
+def group_bytes(architecture: str) -> int | None:
+    """Shared memory that one work-group may have; None if unknown.
+
+    Of an architecture that is not listed, that of the one before it of the same major version:
+    code for that one runs on it.
+    """
+    number = re.fullmatch(r"sm_(\d+)", base_architecture(architecture))
+    if not number:
+        return None
+    known = {int(name.removeprefix("sm_")): limits for name, limits in LIMITS.items()}
+    before = [n for n in known if n <= int(number[1]) and n // 10 == int(number[1]) // 10]
+    if not before:
+        return None
+    limits = known[max(before)]
+    return limits.shared_bytes - limits.system_bytes
 
 
 @dataclass(frozen=True, slots=True)

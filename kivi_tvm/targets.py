@@ -10,7 +10,7 @@ from typing import Any
 from tvm import get_global_func
 from tvm.target import Target, codegen, list_tags
 
-from kivi_tvm import cuda, target_names
+from kivi_tvm import cuda, occupancy, target_names
 from kivi_tvm.config import INTEGER_MODES, KernelKey, KiviConfig
 from kivi_tvm.cpu import cpu_requirements, missing_cpu_flags
 from kivi_tvm.errors import UserError
@@ -43,6 +43,7 @@ class Hardware:
     warp: int = 1  # threads that go in step
     tensor_cores: bool = False
     shared_bytes: int = 0  # of a work-group
+    dynamic_bytes: int = 0  # of a work-group that asks for more when it is launched
 
     @property
     def float32_lanes(self) -> int:
@@ -153,8 +154,14 @@ def required_cpu_flags(target: Target) -> tuple[str, ...]:
 def hardware(target: Target) -> Hardware:
     """The facts that schedules use."""
     if target.kind.name in GPU_KINDS:
-        cores = target.kind.name == "cuda" and _architecture(target) not in BEFORE_SM_80
-        return Hardware("gpu", warp=WARP, tensor_cores=cores, shared_bytes=SHARED_BYTES)
+        arch = _architecture(target)
+        return Hardware(
+            "gpu",
+            warp=WARP,
+            tensor_cores=target.kind.name == "cuda" and arch not in BEFORE_SM_80,
+            shared_bytes=SHARED_BYTES,
+            dynamic_bytes=occupancy.group_bytes(arch) or SHARED_BYTES,
+        )
     features = set(map(str, codegen.llvm_get_cpu_features(target)))
     byte_dot = next((kind for needs, kind in BYTE_DOTS if needs & features), None)
     # TVM's own figure is 512 for every x86.

@@ -124,7 +124,7 @@ def reduce_by_warps(sch: Schedule, block: SBlockRV, group: WorkGroup) -> None:
     sch.reverse_compute_at(result, rows[-1])
 
 
-def share(sch: Schedule) -> None:
+def share(sch: Schedule, scope: str = "shared") -> None:
     """Put every buffer inside the kernel that has no scope yet in shared memory."""
     blocks = _blocks_in(sch, sch.get_sblock("root"))
     inside = [buffer for block in blocks for buffer in sch.get(block).alloc_buffers]
@@ -132,7 +132,7 @@ def share(sch: Schedule) -> None:
         for index, region in enumerate(sch.get(block).writes):
             buffer = region.source
             if buffer.scope() == "global" and any(map(buffer.same_as, inside)):
-                sch.set_scope(block, index, "shared")
+                sch.set_scope(block, index, scope)
 
 
 def _blocks_in(sch: Schedule, block: SBlockRV) -> list[SBlockRV]:

@@ -30,6 +30,17 @@ CASTS = [
     for kind in ("float", "half")
     for line in (f"#undef convert_{kind}", f"#define convert_{kind}(x) (({kind})(x))")
 ]
+# 16 bytes of that type at once, which the runtime has no functions for.
+HALF_VECTORS = """
+half8 __attribute__((overloadable)) vload8(ulong at, const global half* from) {
+  half8 found;
+  for (int i = 0; i < 8; ++i) found[i] = from[8 * at + i];
+  return found;
+}
+void __attribute__((overloadable)) vstore8(half8 x, ulong at, half* to) {
+  for (int i = 0; i < 8; ++i) to[8 * at + i] = x[i];
+}
+"""
 WORDS = {"T": type("T", (), {"min": min, "max": max, "ceildiv": lambda a, b: -(-a // b)})}
 
 
@@ -144,7 +155,7 @@ def build(source, name):
     import pyopencl
 
     lines = [line for line in source.splitlines() if not line.startswith(FP16_PRAGMA)]
-    source = "\n".join([*CASTS, *lines])
+    source = "\n".join([*CASTS, HALF_VECTORS, *lines])
     made, _ = context()
     return getattr(pyopencl.Program(made, source).build(options=BUILD_OPTIONS), name)
 

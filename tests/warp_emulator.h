@@ -23,6 +23,7 @@
 using half = _Float16;
 using uint = unsigned;
 using ushort = unsigned short;
+using uchar = unsigned char;
 struct half2 { half x, y; };
 struct alignas(8) half4 { half x, y, z, w; };
 struct uint1 { uint x; };
@@ -51,13 +52,17 @@ template <class T> T max(T a, T b) { return a > b ? a : b; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 
 constexpr int LANES = 32;
+constexpr int SHARED_BYTES = 227 << 10;  // of a work-group
 static Index threadIdx, blockIdx;
+
+struct Copy { void* to; const void* from; };
 
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
   Index index;
   bool done = false;
+  std::vector<Copy> copies;  // that it has not waited for
 };
 
 struct Meeting {  // of the lanes of a warp, or of all threads
@@ -81,6 +86,13 @@ static void meet(Meeting& m) {
     ++m.number;
   }
   while (m.number == number) yield();
+}
+
+// As late as a kernel that waits allows.
+static void copy_later(void* to, const void* from) { threads[current].copies.push_back({to, from}); }
+static void arrive_copies() {
+  for (auto copy : threads[current].copies) memcpy(copy.to, copy.from, 16);
+  threads[current].copies.clear();
 }
 
 static void __syncthreads() { meet(group); }

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PACKED_VALUES
 from kivi_tvm.ops import contract_float, contract_int8
-from kivi_tvm.ops.attend_half import attend_half
+from kivi_tvm.ops.attend_half import WARPS, attend_half
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
@@ -41,6 +41,7 @@ def attend(
     prefetch: str = "none",
     unpack: str = "shift",
     row_tile: int | None = None,
+    warps: int = WARPS,
 ):
     """Partial attention of every work item over its split of the packed tokens.
 
@@ -61,6 +62,8 @@ def attend(
     row_tile : int, optional
         Query rows that are computed together, of those that share a KV head; default all. Each tile
         reads the codes once.
+    warps : int
+        Of a work-group, in mode "half".
 
     Returns
     -------
@@ -72,7 +75,7 @@ def attend(
         others: the window and new tokens.
     """
     if key.compute == "half":
-        return attend_half(key)
+        return attend_half(key, warps)
     D, P, dtype = key.head_dim, key.page_size, key.dtype
     tiles = row_tiles(key, row_tile)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count

@@ -8,36 +8,43 @@ of every probability with its token's scale, and is as large as can be.
 
 from __future__ import annotations
 
+from functools import reduce
+
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_VALUES
+from kivi_tvm.layout import PACKED_VALUES, split_tokens
 from kivi_tvm.ops.contract_half import output_blocks, score_blocks
 from kivi_tvm.ops.fragments import CODE_UNIT, LANES, QUERIES, TOKENS, HalfTile
-from kivi_tvm.ops.online_softmax import row_tiles, store_blocks
-from kivi_tvm.ops.prefetch import prefetch_tile
+from kivi_tvm.ops.online_softmax import row_tiles
 from kivi_tvm.ops.softmax_half import (
+    add,
     lift_blocks,
     query_blocks,
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
 )
+from kivi_tvm.ops.staged_tile import (
+    PLACES,
+    arrive_block,
+    clear_tail_block,
+    copy_tile_blocks,
+    staged_arrays,
+)
 
 WARPS = 4
-# Blocks that ask for the memory of a warp's next tile.
-FETCH = (
-    "fetch_k_code", "fetch_k_scale", "fetch_k_zero",
-    "fetch_v_code", "fetch_v_scale", "fetch_v_zero",
-)  # fmt: skip
+# Blocks that copy a warp's first tile, and the one after each.
+FIRST, NEXT = "first", "next"
 
 
-def attend_half(key: KernelKey):
+def attend_half(key: KernelKey, warps: int = WARPS):
     """Partial attention of every work item over its split of the packed tokens.
 
-    Parameters and results as of `attend`; each of `WARPS` warps takes tiles of 64 tokens in turn.
+    Parameters and results as of `attend`; each of `warps` warps takes tiles of 64 tokens in turn.
+    Splits that no token of their row falls into are not work: their results are not written.
     """
-    D, P, dtype = key.head_dim, key.page_size, key.dtype
+    D, P, dtype, WARPS = key.head_dim, key.page_size, key.dtype, warps
     tiles, tile = row_tiles(key, QUERIES), HalfTile(key)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     G_k, G_v = key.key_group_size, key.value_group_size
@@ -45,20 +52,21 @@ def attend_half(key: KernelKey):
     SPLIT, N_k, N_v = key.split_tokens, P // G_k, D // G_v
     SPANS, PAIRS = tile.key_spans, tile.key_pairs
     X, PRODUCTS = tile.matrices, tile.value_rows
-    GROUPS = max(1, TOKENS // G_k)
-    fetch = [
-        prefetch_tile(name, rows, columns, itemsize)
-        for name, rows, columns, itemsize in zip(
-            FETCH,
-            (D // W_k, GROUPS, GROUPS, TOKENS // W_v, N_v, N_v),
-            (TOKENS, D, D, D, TOKENS, TOKENS),
-            (4, 2, 2, 4, 2, 2),
-            strict=True,
-        )
-    ]
+    K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
+    copy_first, copy_next = copy_tile_blocks(key, FIRST), copy_tile_blocks(key, NEXT)
     queries, start, find_lift = query_blocks(key, M), start_half_blocks(PRODUCTS), lift_blocks(key)
     scores, softmax, outputs = score_blocks(key), softmax_half_blocks(key), output_blocks(key)
-    sum_up, store = total_blocks(), store_blocks(M, D)
+    sum_up, arrive, cleared = total_blocks(), arrive_block("arrive"), arrive_block("cleared")
+    *_, of_token, _ = staged_arrays(key)
+    no_scale, no_zero = (clear_tail_block(name, of_token) for name in ("no_scale", "no_zero"))
+
+    def highest(warp_ref, m):
+        """The reference of a query that all warps' results are brought to."""
+        return reduce(T.max, [warp_ref[warp, m] for warp in range(WARPS)])
+
+    def joined(warp_ref, top, m, part):
+        """The sum of what the warps have, for that reference."""
+        return reduce(add, [part(warp) * T.exp2(warp_ref[warp, m] - top) for warp in range(WARPS)])
 
     @T.prim_func(s_tir=True)
     def attend(
@@ -97,7 +105,11 @@ def attend_half(key: KernelKey):
         for item, h in T.grid(items, H_kv * TILES):
             with T.sblock("split"):
                 vi, vh = T.axis.remap("SS", [item, h])
-                T.where(work[item, 0] >= 0)
+                # of the row, with what a row that is not there gets
+                where = T.meta_var(slots[T.max(work[item, 0], 0)])
+                packed = T.meta_var(state[T.max(where, 0), PACKED_VALUES])
+                split = T.meta_var(split_tokens(key, packed, SPLIT, T.Select))
+                T.where(T.And(work[item, 0] >= 0, T.Or(where < 0, work[item, 1] * split < packed)))
                 head = T.meta_var(tiles.head(vh))
                 row = T.meta_var(tiles.start(vh))
                 T.reads(
@@ -118,10 +130,15 @@ def attend_half(key: KernelKey):
                     part_stat[0:B, row : row + M, 0:entries, 0:2],
                 )
                 b = T.meta_var(work[vi, 0])
-                first = T.meta_var(work[vi, 1] * SPLIT)
                 warp_ref = T.sblock_alloc_buffer((WARPS, M), "float32")
                 warp_sum = T.sblock_alloc_buffer((WARPS, M), "float32")
                 warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
+                k_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_CODE), "uint32")
+                k_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_SCALE), "float16")
+                k_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_ZERO), "float16")
+                v_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_CODE), "uint32")
+                v_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_SCALE), "float16")
+                v_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_ZERO), "float16")
                 for w in range(WARPS):
                     with T.sblock("warp"):
                         vw = T.axis.spatial(WARPS, w)
@@ -140,7 +157,9 @@ def attend_half(key: KernelKey):
                         )
                         T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
                         slot = T.sblock_alloc_buffer((1,), "int32")
-                        inside = T.sblock_alloc_buffer((1,), "int32")  # packed tokens of the split
+                        # tiles before the split in its row, and packed tokens of the split
+                        first_tile = T.sblock_alloc_buffer((1,), "int32")
+                        inside = T.sblock_alloc_buffer((1,), "int32")
                         q_pair = T.sblock_alloc_buffer((LANES, SPANS * PAIRS), "uint32")
                         gain = T.sblock_alloc_buffer((LANES, 2), "float32")
                         ref = T.sblock_alloc_buffer((LANES, 2), "float32")
@@ -151,19 +170,72 @@ def attend_half(key: KernelKey):
                             T.reads(slots[0:B], work[vi, 0])
                             T.writes(slot[0])
                             slot[0] = T.max(slots[b], 0)
+                        of_row = T.meta_var(state[slot[0], PACKED_VALUES])
+                        tiles_of = T.meta_var(split_tokens(key, of_row, SPLIT, T.Select) // TOKENS)
+                        with T.sblock("first_tile"):
+                            T.reads(state[slot[0], PACKED_VALUES], slot[0], work[vi, 1])
+                            T.writes(first_tile[0])
+                            first_tile[0] = work[vi, 1] * tiles_of
                         with T.sblock("inside"):
-                            T.reads(slots[0:B], state[0:S, PACKED_VALUES], work[vi, 0:2])
+                            T.reads(
+                                slots[0:B], state[slot[0], PACKED_VALUES], slot[0], first_tile[0],
+                                work[vi, 0],
+                            )  # fmt: skip
                             T.writes(inside[0])
                             inside[0] = T.if_then_else(
                                 slots[b] >= 0,
-                                T.min(SPLIT, state[slots[b], PACKED_VALUES] - first),
+                                T.min(tiles_of * TOKENS, of_row - first_tile[0] * TOKENS),
+                                0,
+                            )
+                        first = T.meta_var(first_tile[0] * TOKENS)
+                        turns = T.meta_var(
+                            T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, WARPS))
+                        )
+                        first_page = T.sblock_alloc_buffer((1,), "int32")
+                        next_page = T.sblock_alloc_buffer((1,), "int32")
+                        with T.sblock("first_page"):
+                            T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
+                            T.writes(first_page[0])
+                            first_page[0] = T.if_then_else(
+                                turns > 0, page_table[slot[0], (first + vw * TOKENS) // P], 0
+                            )
+                        with T.sblock("copy_first"):
+                            T.where(turns > 0)
+                            T.reads(
+                                k_code[0:N, head, 0 : D // W_k, 0:P],
+                                k_scale[0:N, head, 0:N_k, 0:D],
+                                k_zero[0:N, head, 0:N_k, 0:D],
+                                v_code[0:N, head, 0 : P // W_v, 0:D],
+                                v_scale[0:N, head, 0:N_v, 0:P],
+                                v_zero[0:N, head, 0:N_v, 0:P],
+                                first_page[0],
+                                inside[0],
+                                first_tile[0],
+                            )
+                            T.writes(
+                                k_code_tile[vw, 0, 0:K_CODE],
+                                k_scale_tile[vw, 0, 0:K_SCALE],
+                                k_zero_tile[vw, 0, 0:K_ZERO],
+                                v_code_tile[vw, 0, 0:V_CODE],
+                                v_scale_tile[vw, 0, 0:V_SCALE],
+                                v_zero_tile[vw, 0, 0:V_ZERO],
+                            )
+                            copy_first(
+                                k_code, k_scale, k_zero, v_code, v_scale, v_zero,
+                                first_page[0], head, (first + vw * TOKENS) % P,
+                                k_code_tile, k_scale_tile, k_zero_tile,
+                                v_code_tile, v_scale_tile, v_zero_tile, vw, 0,
+                            )  # fmt: skip
+                        with T.sblock("second_page"):
+                            T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
+                            T.writes(next_page[0])
+                            next_page[0] = T.if_then_else(
+                                turns > 1,
+                                page_table[slot[0], (first + (WARPS + vw) * TOKENS) // P],
                                 0,
                             )
                         queries(q, b, row, scale, q_pair, gain)
                         start(ref, total, acc, zero_acc)
-                        turns = T.meta_var(
-                            T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, WARPS))
-                        )
                         for c in T.serial(turns):
                             with T.sblock("tile"):
                                 vc = T.axis.opaque(SPLIT, c)
@@ -177,54 +249,86 @@ def attend_half(key: KernelKey):
                                     page_table[0:S, 0:pages],
                                     slot[0],
                                     inside[0],
-                                    work[vi, 0:2],
+                                    first_tile[0],
                                     q_pair[0:LANES, 0 : SPANS * PAIRS],
                                     gain[0:LANES, 0:2],
                                 )
                                 # Declared as written only: an update in place is not scheduled.
                                 T.writes(
+                                    k_code_tile[vw, 0:PLACES, 0:K_CODE],
+                                    k_scale_tile[vw, 0:PLACES, 0:K_SCALE],
+                                    k_zero_tile[vw, 0:PLACES, 0:K_ZERO],
+                                    v_code_tile[vw, 0:PLACES, 0:V_CODE],
+                                    v_scale_tile[vw, 0:PLACES, 0:V_SCALE],
+                                    v_zero_tile[vw, 0:PLACES, 0:V_ZERO],
+                                    next_page[0],
                                     ref[0:LANES, 0:2],
                                     total[0:LANES, 0:2],
                                     acc[0:LANES, 0 : PRODUCTS * 4],
                                     zero_acc[0:LANES, 0:4],
                                 )
-                                done = T.meta_var((vc * WARPS + vw) * TOKENS)
-                                base = T.meta_var(first + done)
-                                left = T.meta_var(inside[0] - done)
-                                page = T.sblock_alloc_buffer((1,), "int32")
+                                place = T.meta_var(vc % PLACES)
+                                left = T.meta_var(inside[0] - (vc * WARPS + vw) * TOKENS)
+                                after = T.meta_var(first + ((vc + 1) * WARPS + vw) * TOKENS)
                                 score = T.sblock_alloc_buffer((LANES, X, 2), "float32")
                                 lift = T.sblock_alloc_buffer((LANES,), "float32")
                                 prob_pair = T.sblock_alloc_buffer((LANES, X), "uint32")
-                                with T.sblock("page"):
-                                    T.reads(page_table[slot[0], base // P])
-                                    T.writes(page[0])
-                                    page[0] = page_table[slot[0], base // P]
-                                # the last tile again where there is no other
-                                after = T.meta_var(
-                                    first
-                                    + (T.Select(vc + 1 < turns, vc + 1, vc) * WARPS + vw) * TOKENS
-                                )
-                                next_page = T.sblock_alloc_buffer((1,), "int32")
+                                arrive()
+                                # What is behind the last token may be anything.
+                                with T.sblock("value_tail"):
+                                    T.where(left < TOKENS)
+                                    T.reads(inside[0])
+                                    T.writes(
+                                        v_scale_tile[vw, 0:PLACES, 0:V_SCALE],
+                                        v_zero_tile[vw, 0:PLACES, 0:V_ZERO],
+                                    )
+                                    no_scale(v_scale_tile, vw, place, left)
+                                    no_zero(v_zero_tile, vw, place, left)
+                                    cleared()
+                                with T.sblock("copy_next"):
+                                    T.where(vc + 1 < turns)
+                                    T.reads(
+                                        k_code[0:N, head, 0 : D // W_k, 0:P],
+                                        k_scale[0:N, head, 0:N_k, 0:D],
+                                        k_zero[0:N, head, 0:N_k, 0:D],
+                                        v_code[0:N, head, 0 : P // W_v, 0:D],
+                                        v_scale[0:N, head, 0:N_v, 0:P],
+                                        v_zero[0:N, head, 0:N_v, 0:P],
+                                        next_page[0],
+                                        inside[0],
+                                        first_tile[0],
+                                    )
+                                    T.writes(
+                                        k_code_tile[vw, 0:PLACES, 0:K_CODE],
+                                        k_scale_tile[vw, 0:PLACES, 0:K_SCALE],
+                                        k_zero_tile[vw, 0:PLACES, 0:K_ZERO],
+                                        v_code_tile[vw, 0:PLACES, 0:V_CODE],
+                                        v_scale_tile[vw, 0:PLACES, 0:V_SCALE],
+                                        v_zero_tile[vw, 0:PLACES, 0:V_ZERO],
+                                    )
+                                    copy_next(
+                                        k_code, k_scale, k_zero, v_code, v_scale, v_zero,
+                                        next_page[0], head, after % P,
+                                        k_code_tile, k_scale_tile, k_zero_tile,
+                                        v_code_tile, v_scale_tile, v_zero_tile,
+                                        vw, (vc + 1) % PLACES,
+                                    )  # fmt: skip
                                 with T.sblock("next_page"):
-                                    T.reads(page_table[slot[0], after // P])
+                                    T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
                                     T.writes(next_page[0])
-                                    next_page[0] = page_table[slot[0], after // P]
-                                there = T.meta_var(next_page[0])
-                                at = T.meta_var(after % P)
-                                fetch[0](k_code, there, head, 0, at)
-                                fetch[1](k_scale, there, head, at // G_k, 0)
-                                fetch[2](k_zero, there, head, at // G_k, 0)
-                                fetch[3](v_code, there, head, at // W_v, 0)
-                                fetch[4](v_scale, there, head, 0, at)
-                                fetch[5](v_zero, there, head, 0, at)
+                                    next_page[0] = T.if_then_else(
+                                        vc + 2 < turns,
+                                        page_table[slot[0], (after + WARPS * TOKENS) // P],
+                                        0,
+                                    )
                                 scores(
-                                    q_pair, gain, k_code, k_scale, k_zero, page, head,
-                                    base % P, left, score,
+                                    q_pair, gain, k_code_tile, k_scale_tile, k_zero_tile, vw, place,
+                                    left, score,
                                 )  # fmt: skip
-                                find_lift(v_scale, page, head, base % P, left, lift)
+                                find_lift(v_scale_tile, vw, place, lift)
                                 softmax(score, lift, ref, total, acc, zero_acc, prob_pair)
                                 outputs(
-                                    prob_pair, v_code, v_scale, v_zero, page, head, base % P, left,
+                                    prob_pair, v_code_tile, v_scale_tile, v_zero_tile, vw, place,
                                     acc, zero_acc,
                                 )  # fmt: skip
                         totals = T.sblock_alloc_buffer((LANES, 2), "float32")
@@ -254,32 +358,20 @@ def attend_half(key: KernelKey):
                                     acc[vl, vt * 4 + ve] * T.float32(CODE_UNIT)
                                     + zero_of[vl, tile.channel(vt, 0) // G_v, ve % 2]
                                 )
-                top_ref = T.sblock_alloc_buffer((M,), "float32")
-                share = T.sblock_alloc_buffer((WARPS, M), "float32")
-                sum_of_warps = T.sblock_alloc_buffer((M,), "float32")
-                acc_of_warps = T.sblock_alloc_buffer((M, D), "float32")
-                for m, w in T.grid(M, WARPS):
-                    with T.sblock("top_ref"):
-                        vm, vw = T.axis.remap("SR", [m, w])
-                        with T.init():
-                            top_ref[vm] = T.min_value("float32")
-                        top_ref[vm] = T.max(top_ref[vm], warp_ref[vw, vm])
-                for w, m in T.grid(WARPS, M):
-                    with T.sblock("share"):
-                        vw, vm = T.axis.remap("SS", [w, m])
-                        share[vw, vm] = T.exp2(warp_ref[vw, vm] - top_ref[vm])
-                for m, w in T.grid(M, WARPS):
-                    with T.sblock("sum_of_warps"):
-                        vm, vw = T.axis.remap("SR", [m, w])
-                        with T.init():
-                            sum_of_warps[vm] = T.float32(0)
-                        sum_of_warps[vm] += warp_sum[vw, vm] * share[vw, vm]
-                for m, d, w in T.grid(M, D, WARPS):
-                    with T.sblock("acc_of_warps"):
-                        vm, vd, vw = T.axis.remap("SSR", [m, d, w])
-                        with T.init():
-                            acc_of_warps[vm, vd] = T.float32(0)
-                        acc_of_warps[vm, vd] += warp_acc[vw, vm, vd] * share[vw, vm]
-                store(top_ref, sum_of_warps, acc_of_warps, part_acc, part_stat, b, row, work[vi, 1])
+                for m in range(M):
+                    with T.sblock("store_stat"):
+                        vm = T.axis.spatial(M, m)
+                        top = T.meta_var(highest(warp_ref, vm))
+                        part_stat[b, row + vm, work[vi, 1], 0] = top
+                        part_stat[b, row + vm, work[vi, 1], 1] = joined(
+                            warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
+                        )
+                for m, d in T.grid(M, D):
+                    with T.sblock("store_acc"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        top = T.meta_var(highest(warp_ref, vm))
+                        part_acc[b, row + vm, work[vi, 1], vd] = joined(
+                            warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
+                        )
 
     return attend

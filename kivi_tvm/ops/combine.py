@@ -7,7 +7,7 @@ import math
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import PACKED_VALUES
+from kivi_tvm.layout import PACKED_VALUES, split_tokens
 from kivi_tvm.ops.exp2 import exp2
 
 
@@ -21,9 +21,9 @@ def combine(key: KernelKey):
     -------
     PrimFunc
         `(state [S, 4], slots [B], split, tail, part_acc [B, H, X, D], part_stat [B, H, X, 2],
-        out [B, H, D], lse [B, H] float32)`. The row's `ceil(packed_values / split)` first entries
-        and the `tail` last ones are read. Rows with slot -1 and rows that attended to nothing give
-        out 0 and lse -inf.
+        out [B, H, D], lse [B, H] float32)`. The row's first entries, one per part of `split` packed
+        tokens (`layout.split_tokens`), and the `tail` last ones are read. Rows with slot -1 and
+        rows that attended to nothing give out 0 and lse -inf.
     """
     D = key.head_dim
 
@@ -58,10 +58,11 @@ def combine(key: KernelKey):
                     slots[vb],
                 )
                 T.writes(out[vb, vh, 0:D], lse[vb, vh])
+                packed = T.meta_var(state[T.max(slots[vb], 0), PACKED_VALUES])
                 entries = T.meta_var(
                     T.Select(
                         slots[vb] >= 0,
-                        T.ceildiv(state[T.max(slots[vb], 0), PACKED_VALUES], split) + tail,
+                        T.ceildiv(packed, split_tokens(key, packed, split, T.Select)) + tail,
                         0,
                     )
                 )

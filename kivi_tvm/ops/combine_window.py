@@ -14,11 +14,13 @@ import math
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import LENGTH, PACKED_VALUES
+from kivi_tvm.layout import LENGTH, PACKED_VALUES, split_tokens
 from kivi_tvm.ops.online_softmax import LOG2_E, merge_blocks, softmax_blocks, start_blocks
 
-CHUNK_TOKENS = 128  # of the window, whose scores are held at once
+CHUNK_TOKENS = 128  # of the window, whose keys and values are held at once
 CHUNK_PARTS = 32  # partial results
+# A chunk is summed in so many sums of every so many-th, which are summed in the end.
+TOKEN_SUMS, PART_SUMS = 16, 8
 
 
 def combine_window(key: KernelKey):
@@ -29,13 +31,18 @@ def combine_window(key: KernelKey):
     PrimFunc
         `(k_ring, v_ring [S, H_kv, ring, D], state [S, 4], slots [B], q [B, H, D], scale, split,
         part_acc [B, H, X, D], part_stat [B, H, X, 2], out [B, H, D], lse [B, H] float32)`. The
-        row's `ceil(packed_values / split)` first entries are read. Rows with slot -1 give out 0 and
-        lse -inf.
+        row's first entries are read, one per part of `split` packed tokens (`layout.split_tokens`).
+        Rows with slot -1 give out 0 and lse -inf.
     """
     D, M, dtype = key.head_dim, key.queries_per_kv, key.dtype
-    C, X_C = CHUNK_TOKENS, CHUNK_PARTS
+    C, X_C, SUMS, X_SUMS = CHUNK_TOKENS, CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
     start, softmax = start_blocks(1, D), softmax_blocks(1, C)
     merge, merge_parts = merge_blocks(1, D), merge_blocks(1, D, "_parts")
+
+    def slot_of(oldest, count, token, ring):
+        """Where a token of the window is in the ring; the last one where there is none."""
+        at = oldest + T.min(token, count - 1)
+        return at - T.Select(at >= ring, ring, 0)
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -100,8 +107,11 @@ def combine_window(key: KernelKey):
                         slots[vb] >= 0, state[slot[0], LENGTH] - state[slot[0], PACKED_VALUES], 0
                     )
                 with T.sblock("entries"):
+                    packed = T.meta_var(state[slot[0], PACKED_VALUES])
                     entries[0] = T.Select(
-                        slots[vb] >= 0, T.ceildiv(state[slot[0], PACKED_VALUES], split), 0
+                        slots[vb] >= 0,
+                        T.ceildiv(packed, split_tokens(key, packed, split, T.Select)),
+                        0,
                     )
                 for m, d in T.grid(1, D):
                     with T.sblock("q_scaled"):
@@ -122,25 +132,30 @@ def combine_window(key: KernelKey):
                             q_scaled[0, 0:D],
                         )
                         T.writes(chunk_max[0], chunk_sum[0], chunk_acc[0, 0:D])
-                        source = T.sblock_alloc_buffer((C,), "int32")
+                        k_near = T.sblock_alloc_buffer((C, D), dtype)
+                        v_near = T.sblock_alloc_buffer((SUMS, C // SUMS, D), dtype)
                         dot = T.sblock_alloc_buffer((1, C), "float32")
                         score = T.sblock_alloc_buffer((1, C), "float32")
                         prob = T.sblock_alloc_buffer((1, C), "float32")
                         mass = T.sblock_alloc_buffer((1, C), "float32")
-                        acc = T.sblock_alloc_buffer((1, D), "float32")
-                        for t in range(C):
-                            with T.sblock("source"):
-                                vt = T.axis.spatial(C, t)
-                                at = T.meta_var(oldest[0] + T.min(vc * C + vt, count[0] - 1))
-                                source[vt] = at - T.Select(at >= ring, ring, 0)
+                        acc = T.sblock_alloc_buffer((SUMS, D), "float32")
+                        for t, d in T.grid(C, D):
+                            with T.sblock("k_near"):
+                                vt, vd = T.axis.remap("SS", [t, d])
+                                at = T.meta_var(slot_of(oldest[0], count[0], vc * C + vt, ring))
+                                k_near[vt, vd] = k_ring[slot[0], kv, at, vd]
+                        for s, j, d in T.grid(SUMS, C // SUMS, D):
+                            with T.sblock("v_near"):
+                                vs, vj, vd = T.axis.remap("SSS", [s, j, d])
+                                token = T.meta_var(vc * C + vj * SUMS + vs)
+                                at = T.meta_var(slot_of(oldest[0], count[0], token, ring))
+                                v_near[vs, vj, vd] = v_ring[slot[0], kv, at, vd]
                         for m, t, d in T.grid(1, C, D):
                             with T.sblock("dot"):
                                 vm, vt, vd = T.axis.remap("SSR", [m, t, d])
                                 with T.init():
                                     dot[vm, vt] = T.float32(0)
-                                dot[vm, vt] += q_scaled[vm, vd] * T.Cast(
-                                    "float32", k_ring[slot[0], kv, source[vt], vd]
-                                )
+                                dot[vm, vt] += q_scaled[vm, vd] * T.Cast("float32", k_near[vt, vd])
                         for m, t in T.grid(1, C):
                             with T.sblock("score"):
                                 vm, vt = T.axis.remap("SS", [m, t])
@@ -154,18 +169,20 @@ def combine_window(key: KernelKey):
                                 mass[vm, vt] = T.Select(
                                     vc * C + vt < count[0], prob[vm, vt], T.float32(0)
                                 )
-                        for m, d, t in T.grid(1, D, C):
+                        for s, d, j in T.grid(SUMS, D, C // SUMS):
                             with T.sblock("acc"):
-                                vm, vd, vt = T.axis.remap("SSR", [m, d, t])
+                                vs, vd, vj = T.axis.remap("SSR", [s, d, j])
                                 with T.init():
-                                    acc[vm, vd] = T.float32(0)
-                                acc[vm, vd] += mass[vm, vt] * T.Cast(
-                                    "float32", v_ring[slot[0], kv, source[vt], vd]
+                                    acc[vs, vd] = T.float32(0)
+                                acc[vs, vd] += mass[0, vj * SUMS + vs] * T.Cast(
+                                    "float32", v_near[vs, vj, vd]
                                 )
-                        for m, d in T.grid(1, D):
+                        for m, d, s in T.grid(1, D, SUMS):
                             with T.sblock("chunk_acc"):
-                                vm, vd = T.axis.remap("SS", [m, d])
-                                chunk_acc[vm, vd] = acc[vm, vd]
+                                vm, vd, vs = T.axis.remap("SSR", [m, d, s])
+                                with T.init():
+                                    chunk_acc[vm, vd] = T.float32(0)
+                                chunk_acc[vm, vd] += acc[vs, vd]
                     with T.sblock("merge"):
                         T.reads(
                             run_max[0], run_sum[0], run_acc[0, 0:D],
@@ -180,7 +197,15 @@ def combine_window(key: KernelKey):
                         T.writes(part_max[0], part_sum[0], parts_acc[0, 0:D])
                         level = T.sblock_alloc_buffer((1, X_C), "float32")
                         weight = T.sblock_alloc_buffer((1, X_C), "float32")
-                        parts = T.sblock_alloc_buffer((1, D), "float32")
+                        part_near = T.sblock_alloc_buffer((X_SUMS, X_C // X_SUMS, D), "float32")
+                        parts = T.sblock_alloc_buffer((X_SUMS, D), "float32")
+                        for s, j, d in T.grid(X_SUMS, X_C // X_SUMS, D):
+                            with T.sblock("part_near"):
+                                vs, vj, vd = T.axis.remap("SSS", [s, j, d])
+                                entry = T.meta_var(vc * X_C + vj * X_SUMS + vs)
+                                part_near[vs, vj, vd] = part_acc[
+                                    vb, vh, T.min(entry, entries[0] - 1), vd
+                                ]
                         for m, x in T.grid(1, X_C):
                             with T.sblock("level"):
                                 vm, vx = T.axis.remap("SS", [m, x])
@@ -198,31 +223,32 @@ def combine_window(key: KernelKey):
                         for m, x in T.grid(1, X_C):
                             with T.sblock("weight"):
                                 vm, vx = T.axis.remap("SS", [m, x])
-                                weight[vm, vx] = T.exp2(level[vm, vx] - part_max[vm])
+                                weight[vm, vx] = T.Select(
+                                    vc * X_C + vx < entries[0],
+                                    T.exp2(level[vm, vx] - part_max[vm]),
+                                    T.float32(0),
+                                )
                         for m, x in T.grid(1, X_C):
                             with T.sblock("part_sum"):
                                 vm, vx = T.axis.remap("SR", [m, x])
                                 with T.init():
                                     part_sum[vm] = T.float32(0)
-                                part_sum[vm] += weight[vm, vx] * T.if_then_else(
-                                    vc * X_C + vx < entries[0],
-                                    part_stat[vb, vh, vc * X_C + vx, 1],
-                                    T.float32(0),
+                                part_sum[vm] += (
+                                    weight[vm, vx]
+                                    * part_stat[vb, vh, T.min(vc * X_C + vx, entries[0] - 1), 1]
                                 )
-                        for m, d, x in T.grid(1, D, X_C):
+                        for s, d, j in T.grid(X_SUMS, D, X_C // X_SUMS):
                             with T.sblock("parts_of"):
-                                vm, vd, vx = T.axis.remap("SSR", [m, d, x])
+                                vs, vd, vj = T.axis.remap("SSR", [s, d, j])
                                 with T.init():
-                                    parts[vm, vd] = T.float32(0)
-                                parts[vm, vd] += weight[vm, vx] * T.if_then_else(
-                                    vc * X_C + vx < entries[0],
-                                    part_acc[vb, vh, vc * X_C + vx, vd],
-                                    T.float32(0),
-                                )
-                        for m, d in T.grid(1, D):
+                                    parts[vs, vd] = T.float32(0)
+                                parts[vs, vd] += weight[0, vj * X_SUMS + vs] * part_near[vs, vj, vd]
+                        for m, d, s in T.grid(1, D, X_SUMS):
                             with T.sblock("parts_acc"):
-                                vm, vd = T.axis.remap("SS", [m, d])
-                                parts_acc[vm, vd] = parts[vm, vd]
+                                vm, vd, vs = T.axis.remap("SSR", [m, d, s])
+                                with T.init():
+                                    parts_acc[vm, vd] = T.float32(0)
+                                parts_acc[vm, vd] += parts[vs, vd]
                     with T.sblock("merge_parts"):
                         T.reads(
                             run_max[0], run_sum[0], run_acc[0, 0:D],

@@ -31,6 +31,7 @@ from kivi_tvm.ops.fragments import (
     power_pair,
     product,
 )
+from kivi_tvm.ops.staged_tile import staged_arrays
 
 
 def mma_block(name: str):
@@ -55,7 +56,7 @@ def mma_block(name: str):
 def score_blocks(key: KernelKey):
     """`score [lane, matrix, e]` of the first `left` tokens of a tile, in log2 units; else lowest.
 
-    The tile begins at token `at` of the page.
+    The tile's keys are in a place of a warp (`staged_tile.py`).
     Lane `(g, c)` gets row `g` of every matrix for the queries `2 c + e`.
     """
     tile = HalfTile(key)
@@ -63,13 +64,14 @@ def score_blocks(key: KernelKey):
     SPANS, PAIRS, STEPS, SECTIONS = tile.key_spans, tile.key_pairs, tile.key_steps, tile.sections
     APART, SIZE = tile.rows_apart, tile.section_tokens
     q_zero_mma, dot_mma = mma_block("q_zero"), mma_block("dot")
+    codes, of_group, *_ = staged_arrays(key)
 
     def word(span, lane):
         """The word of every token's key that a lane takes; the last one where there is none."""
         return T.min(4 * span + lane % 4, D // W - 1)
 
     @T.macro
-    def scores(q_pair, gain, k_code, k_scale, k_zero, page, head, at, left, score):
+    def scores(q_pair, gain, k_code, k_scale, k_zero, warp, place, left, score):
         q_zero = T.sblock_alloc_buffer((LANES, 4), "float32")
         zero_of = T.sblock_alloc_buffer((LANES, SECTIONS, 2), "float32")
         dot = T.sblock_alloc_buffer((LANES, tile.matrices * 2), "float32")
@@ -91,10 +93,9 @@ def score_blocks(key: KernelKey):
                     with T.sblock("key_word"):
                         vl, vc, vx = T.axis.remap("SSS", [lane, section, x])
                         words[vl, vc * APART + vx] = k_code[
-                            page[0],
-                            head,
-                            word(vs, vl),
-                            at + vc * SIZE + vl // 4 * APART + vx,
+                            warp,
+                            place,
+                            word(vs, vl) * codes.stride + vc * SIZE + vl // 4 * APART + vx,
                         ]
                 # Rows of A are sections here: the first lanes `g` hold one each.
                 for lane, o in T.grid(LANES, W):
@@ -102,16 +103,17 @@ def score_blocks(key: KernelKey):
                         vl, vo = T.axis.remap("SS", [lane, o])
                         section = T.meta_var(T.min(vl // 4, SECTIONS - 1))
                         zeros[vl, vo] = k_zero[
-                            page[0],
-                            head,
-                            (at + section * SIZE) // G_k,
-                            word(vs, vl) * W + vo,
+                            warp,
+                            place,
+                            section * SIZE // G_k * of_group.stride + word(vs, vl) * W + vo,
                         ]
                 for section, lane, o in T.grid(SECTIONS, LANES, W):
                     with T.sblock("key_scale"):
                         vc, vl, vo = T.axis.remap("SSS", [section, lane, o])
                         scales[vl, vc, vo] = k_scale[
-                            page[0], head, (at + vc * SIZE) // G_k, word(vs, vl) * W + vo
+                            warp,
+                            place,
+                            vc * SIZE // G_k * of_group.stride + word(vs, vl) * W + vo,
                         ]
                 # Products in a row go into different sums: none waits for the one before.
                 for j in range(STEPS):
@@ -192,18 +194,20 @@ def score_blocks(key: KernelKey):
 
 
 def output_blocks(key: KernelKey):
-    """`acc += sum_t (p_t s_t) code_t`, `zero_acc += sum_t p_t z_t` over a tile's `left` tokens.
+    """`acc += sum_t (p_t s_t) code_t`, `zero_acc += sum_t p_t z_t` over a tile's tokens.
 
+    The tile's values are in a place of a warp (`staged_tile.py`).
     `prob_pair [lane, matrix]` are the registers of B: pairs of tokens, a query per lane `g`.
     """
     tile = HalfTile(key)
-    W, bits = key.value_codes_per_word, key.value_bits
+    bits = key.value_bits
     APART, SIZE, RUN = tile.rows_apart, tile.section_tokens, 2 * tile.rows_apart
     STEPS, GROUPS, BLOCKS = tile.matrices // 2, tile.value_groups, tile.value_blocks
     CHANNELS, PRODUCTS, SECTIONS = tile.channels_apart, tile.value_rows, tile.sections
     GROUP_ROWS, OF_GROUP = -(-GROUPS // QUERIES), PRODUCTS // GROUPS
     UNIT = tile.unit_tokens // QUERIES  # matrices
     out_zero_mma, out_mma = mma_block("out_zero"), mma_block("out")
+    *_, codes, of_token, _ = staged_arrays(key)
 
     def shift(matrix):
         """Where a matrix's pair of codes is in a byte."""
@@ -211,47 +215,35 @@ def output_blocks(key: KernelKey):
         return at
 
     @T.macro
-    def outputs(prob_pair, v_code, v_scale, v_zero, page, head, at, left, acc, zero_acc):
+    def outputs(prob_pair, v_code, v_scale, v_zero, warp, place, acc, zero_acc):
         words = T.sblock_alloc_buffer((LANES, tile.units, BLOCKS, CHANNELS), "uint32")
         for u, y, lane, o in T.grid(tile.units, BLOCKS, LANES, CHANNELS):
             with T.sblock("value_word"):
                 vu, vy, vl, vo = T.axis.remap("SSSS", [u, y, lane, o])
                 words[vl, vu, vy, vo] = v_code[
-                    page[0],
-                    head,
-                    (at + vu * tile.unit_tokens) // W + vl % 4,
-                    (vy * QUERIES + vl // 4) * CHANNELS + vo,
+                    warp,
+                    place,
+                    (vu * 4 + vl % 4) * codes.stride + (vy * QUERIES + vl // 4) * CHANNELS + vo,
                 ]
         for section in range(SECTIONS):
             with T.sblock("value_section"):
                 vc = T.axis.reduce(SECTIONS, section)
                 scales = T.sblock_alloc_buffer((LANES, GROUPS, RUN), "float16")
                 zeros = T.sblock_alloc_buffer((LANES, GROUP_ROWS, RUN), "float16")
-                valid = T.sblock_alloc_buffer((LANES, APART), "uint32")
                 for g, lane, o in T.grid(GROUPS, LANES, RUN):
                     with T.sblock("value_scale"):
                         vg, vl, vo = T.axis.remap("SSS", [g, lane, o])
                         scales[vl, vg, vo] = v_scale[
-                            page[0], head, vg, at + vc * SIZE + vl % 4 * RUN + vo
+                            warp, place, vg * of_token.stride + vc * SIZE + vl % 4 * RUN + vo
                         ]
                 # Rows of A are groups of channels here.
                 for g, lane, o in T.grid(GROUP_ROWS, LANES, RUN):
                     with T.sblock("value_zero"):
                         vg, vl, vo = T.axis.remap("SSS", [g, lane, o])
+                        group = T.meta_var(T.min(vg * QUERIES + vl // 4, GROUPS - 1))
                         zeros[vl, vg, vo] = v_zero[
-                            page[0],
-                            head,
-                            T.min(vg * QUERIES + vl // 4, GROUPS - 1),
-                            at + vc * SIZE + vl % 4 * RUN + vo,
+                            warp, place, group * of_token.stride + vc * SIZE + vl % 4 * RUN + vo
                         ]
-                for x, lane in T.grid(APART, LANES):
-                    with T.sblock("valid"):
-                        vx, vl = T.axis.remap("SS", [x, lane])
-                        low = T.meta_var(tile.token(vc * APART + vx, vl % 4 * 2) < left)
-                        high = T.meta_var(tile.token(vc * APART + vx, vl % 4 * 2 + 1) < left)
-                        valid[vl, vx] = T.Select(low, T.uint32(0xFFFF), T.uint32(0)) | T.Select(
-                            high, T.uint32(0xFFFF0000), T.uint32(0)
-                        )
                 for k in range(APART // 2):
                     with T.sblock("value_step"):
                         vk = T.axis.reduce(APART // 2, k)
@@ -265,11 +257,7 @@ def output_blocks(key: KernelKey):
                                 row = T.meta_var(vr % 2 if GROUP_ROWS == 2 else 0)
                                 zero_pair[vl, vr] = T.Select(
                                     vr % 2 < GROUP_ROWS,
-                                    pair_of(
-                                        zeros[vl, row, inside],
-                                        zeros[vl, row, APART + inside],
-                                    )
-                                    & valid[vl, inside],
+                                    pair_of(zeros[vl, row, inside], zeros[vl, row, APART + inside]),
                                     T.uint32(0),
                                 )
                         out_zero_mma(
@@ -297,8 +285,7 @@ def output_blocks(key: KernelKey):
                                             pair_of(
                                                 scales[vl, vg, inside],
                                                 scales[vl, vg, APART + inside],
-                                            )
-                                            & valid[vl, inside],
+                                            ),
                                         )
                                 for t in range(OF_GROUP):
                                     with T.sblock("value_product"):

@@ -15,6 +15,7 @@ from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.exp2 import ROUNDER, ROUNDER_BITS
 from kivi_tvm.ops.fragments import LANES, TOKENS, HalfTile, rounded_pair, transposed_pair
 from kivi_tvm.ops.online_softmax import LOG2_E
+from kivi_tvm.ops.staged_tile import staged_arrays
 
 TINY = 2.0**-100  # below it a query is zero
 TOP_EXPONENT = 15  # of float16: powers of two and products of at most half of 2^16
@@ -130,6 +131,7 @@ def lift_blocks(key: KernelKey):
     further.
     """
     tile = HalfTile(key)
+    *_, of_token, _ = staged_arrays(key)
     RUNS = tile.value_groups * TOKENS // RUN
     EACH = -(-RUNS // LANES)
     top_of_2, top_of_4, top_of_8, top_of_16 = (
@@ -137,7 +139,7 @@ def lift_blocks(key: KernelKey):
     )
 
     @T.macro
-    def find_lift(v_scale, page, head, at, left, lift):
+    def find_lift(v_scale, warp, place, lift):
         top_scale = T.sblock_alloc_buffer((LANES, EACH, RUN), "float16")
         own = T.sblock_alloc_buffer((LANES, 1), "float32")
         of_2 = T.sblock_alloc_buffer((LANES, 1), "float32")
@@ -149,20 +151,17 @@ def lift_blocks(key: KernelKey):
                 vl, vn, vo = T.axis.remap("SSS", [lane, n, o])
                 run = T.meta_var(T.min(vn * LANES + vl, RUNS - 1))
                 top_scale[vl, vn, vo] = v_scale[
-                    page[0], head, run * RUN // TOKENS, at + run * RUN % TOKENS + vo
+                    warp, place, run * RUN // TOKENS * of_token.stride + run * RUN % TOKENS + vo
                 ]
         for lane, n, o in T.grid(LANES, EACH, RUN):
             with T.sblock("own_top"):
                 vl, vn, vo = T.axis.remap("SRR", [lane, n, o])
-                token = T.meta_var(T.min(vn * LANES + vl, RUNS - 1) * RUN % TOKENS + vo)
                 found = T.meta_var(T.Cast("float32", top_scale[vl, vn, vo]))
                 with T.init():
                     own[vl, 0] = T.float32(0)
                 own[vl, 0] = T.max(
                     own[vl, 0],
-                    T.Select(
-                        T.And(token < left, found <= T.float32(FLOAT16_MAX)), found, T.float32(0)
-                    ),
+                    T.Select(found <= T.float32(FLOAT16_MAX), found, T.float32(0)),
                 )
         top_of_2(own, of_2)
         top_of_4(of_2, of_4)

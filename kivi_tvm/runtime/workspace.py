@@ -27,7 +27,7 @@ class Workspace:
     rows : int
         Tokens whose queries one pass takes.
     split, tail : int
-        As `combine` takes them.
+        As `combine` takes them: `split` is the most that one part of a row has.
     parts : tuple
         What the kernels take: accumulators `[B, H n, X, D]` and statistics `[B, H n, X, 2]`.
     work : object or None
@@ -37,7 +37,8 @@ class Workspace:
     def __init__(
         self, cfg: KiviConfig, key: KernelKey, tail: int, batch_size: int, device: torch.device
     ) -> None:
-        self._cfg, self._batch_size, self._device = cfg, batch_size, device
+        self._cfg, self._key = cfg, key
+        self._batch_size, self._device = batch_size, device
         self._queries = cfg.H * key.rows_per_query
         self.rows = key.rows_per_query
         self.split, self.tail = key.split_tokens, tail
@@ -61,9 +62,11 @@ class Workspace:
     def fit(self, lengths: list[int], threads: int) -> None:
         """Prepare for rows of these lengths and kernels on so many threads."""
         packed = [layout.packed_values(self._cfg, length) for length in lengths]
-        splits = [-(-tokens // self.split) for tokens in packed]
+        parts = [layout.split_tokens(self._key, tokens, self.split) for tokens in packed]
+        splits = [-(-tokens // part) for tokens, part in zip(packed, parts, strict=True)]
         if (most := max(splits)) > self.capacity:
-            self._allocate(most if self._listed else 2 * most)
+            # not fewer than those of any short row, so that its length alone tells when to add some
+            self._allocate(most if self._listed else max(2 * most, layout.SHORT_SPLITS))
         if not self._listed:
             return
         plan = (threads, *splits)

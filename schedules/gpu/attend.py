@@ -7,7 +7,7 @@ from tvm.s_tir import Schedule
 from kivi_tvm.config import KernelKey
 from kivi_tvm.cuda import MIN_BLOCKS
 from kivi_tvm.schedules import Offers
-from kivi_tvm.schedules.gpu.attend_half import attend_half
+from kivi_tvm.schedules.gpu import attend_half
 from kivi_tvm.schedules.primitives import divisors, has_block
 from kivi_tvm.schedules.threads import (
     WARPS,
@@ -36,7 +36,7 @@ ROW_TILES = 1, 2, 4  # more would spill registers
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """Rows of a tile share the codes they load, and the shared memory of a work-group."""
     if key.compute == "half":
-        return {}
+        return attend_half.offers(key, hardware)
     pages = divisors(key.split_tokens // key.page_size, max(1, CHUNK_TOKENS // key.page_size))
     chunk = pages[-1] * key.page_size
     fits = [n for n in ROW_TILES if shared_bytes(key, hardware, n, chunk) <= hardware.shared_bytes]
@@ -60,7 +60,7 @@ def shared_bytes(key: KernelKey, hardware: Hardware, rows: int, chunk: int) -> i
 def attend(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend` for work-groups."""
     if has_block(sch, "warp"):
-        attend_half(sch, hardware)
+        attend_half.attend_half(sch, hardware)
         return
     group = work_group(sch, hardware)
     for name in INLINE:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from tvm.s_tir import Schedule
 
-from kivi_tvm.ops.attend_half import FETCH
+from kivi_tvm.config import KernelKey
+from kivi_tvm.ops.attend_half import FIRST, NEXT
+from kivi_tvm.ops.fragments import QUERIES
+from kivi_tvm.ops.staged_tile import staged_bytes
+from kivi_tvm.schedules import Offers
+from kivi_tvm.schedules.async_copy import SCOPE, arrive, clear_item, copy_line
 from kivi_tvm.schedules.mma import mma, transpose
 from kivi_tvm.schedules.primitives import extent_of
 from kivi_tvm.schedules.threads import (
@@ -13,7 +20,6 @@ from kivi_tvm.schedules.threads import (
     keep_in_registers,
     keep_local,
     over_groups,
-    over_spatial,
     over_threads,
     share,
     unroll,
@@ -24,12 +30,16 @@ LOADS = {  # elements of 16 bytes
     "key_word": 4, "key_zero": 8, "key_scale": 8,
     "value_word": 4, "value_zero": 8, "value_scale": 8, "top_scale": 8,
 }  # fmt: skip
+COPIES = {
+    "k_code": "uint32", "k_scale": "float16", "k_zero": "float16",
+    "v_code": "uint32", "v_scale": "float16", "v_zero": "float16",
+}  # fmt: skip
 BY_LANE = (
-    *LOADS, *FETCH, "q_raw", "q_own", "q_near", "q_top", "q_unit", "q_pair", "q_low", "gain",
+    *LOADS, "q_raw", "q_own", "q_near", "q_top", "q_unit", "q_pair", "q_low", "gain",
     "start", "start_acc", "start_zero_acc", "key_zero_pair", "q_zero_start", "dot_start", "q_key",
     "key_code", "key_zero_of", "score", "own_max", "max_of_2", "max_of_4", "own_top", "top_of_2",
     "top_of_4", "top_of_8", "top_of_16", "lift", "new_ref", "keep", "prob", "own_sum", "keep_total",
-    "keep_acc", "keep_zero_acc", "keep_ref", "prob_row", "valid", "value_zero_pair", "prob_low",
+    "keep_acc", "keep_zero_acc", "keep_ref", "prob_row", "value_zero_pair", "prob_low",
     "prob_fold", "value_code", "sum_of_2", "sum_of_4", "sum_of_8", "warp_stat", "zero_of",
     "warp_acc",
 )  # fmt: skip
@@ -40,17 +50,50 @@ UNROLLED = (
 )  # fmt: skip
 
 
+WARPS = 1, 2, 4
+RESIDENT_WARPS = 12  # that a multiprocessor has registers for, of 168
+
+
+def offers(key: KernelKey, hardware: Hardware) -> Offers:
+    """So many warps that as many as possible are on a multiprocessor; of equal counts the most."""
+    fits = [n for n in WARPS if shared_bytes(key, n) <= hardware.dynamic_bytes]
+
+    def resident(warps: int) -> int:
+        groups = min(RESIDENT_WARPS // warps, hardware.dynamic_bytes // shared_bytes(key, warps))
+        return warps * groups
+
+    wide = [n for n in fits if n > 1] or fits  # one warp alone has too much to do besides
+    return {"warps": (fits, max(wide, key=lambda n: (resident(n), n)))}
+
+
+def shared_bytes(key: KernelKey, warps: int) -> int:
+    """Shared memory of a work-group: tiles, and the states of its warps and of all of them."""
+    states = 4 * min(key.rows, QUERIES) * (key.head_dim + 2) * (warps + 1)
+    return warps * staged_bytes(key) + states
+
+
 def attend_half(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `attend` for warps."""
     warp = sch.get_loops(sch.get_sblock("warp"))[-1]
     group = WorkGroup(extent_of(sch, warp), hardware.warp)
     # 1. what a warp computes lies in the registers of its lanes
-    for name in "slot", "inside", "page", "next_page":
+    for name in "slot", "first_tile", "inside", "first_page", "second_page", "next_page":
         keep_local(sch, name)
     keep_in_registers(sch, sch.get_sblock("warp"))
     for name in BY_LANE:
         by_lane(sch, sch.get_sblock(name), LOADS.get(name, 1))
-    # 2. products and the transpose by instructions of the warp
+    # 2. tiles are copied on their own while the one before is computed with
+    for turn, (name, dtype) in product((FIRST, NEXT), COPIES.items()):
+        lines, line = (sch.get_sblock(f"{turn}_{name}{part}") for part in ("", "_line"))
+        sch.set_scope(line, 0, SCOPE)
+        sch.tensorize(sch.get_loops(line)[-1], copy_line(dtype))
+        by_lane(sch, lines)
+    for name in "no_scale", "no_zero":
+        sch.tensorize(sch.get_sblock(f"{name}_item"), clear_item())
+        by_lane(sch, sch.get_sblock(name))
+    for name in "arrive", "cleared":
+        sch.tensorize(sch.get_loops(sch.get_sblock(name))[-1], arrive())
+    # 3. products and the transpose by instructions of the warp
     for name in PRODUCTS:
         *outer, row, _, _ = sch.get_loops(sch.get_sblock(name))
         sch.tensorize(row, mma())
@@ -60,11 +103,9 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
     unroll(sch, outer)
     for name in UNROLLED:
         unroll(sch, sch.get_loops(sch.get_sblock(name)))
-    # 3. the warps of a work-group, joined through shared memory
+    # 4. the warps of a work-group, joined through shared memory
     sch.bind(warp, "threadIdx.y")
-    for name in "top_ref", "sum_of_warps", "acc_of_warps":
-        over_spatial(sch, sch.get_sblock(name), group)
-    for name in "share", "store_stat", "store_acc":
+    for name in "store_stat", "store_acc":
         over_threads(sch, sch.get_sblock(name), group)
-    share(sch)
+    share(sch, SCOPE)
     over_groups(sch, sch.get_sblock("split"))

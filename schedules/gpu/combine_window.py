@@ -2,47 +2,125 @@
 
 from __future__ import annotations
 
-from tvm.s_tir import Schedule
+from math import gcd
 
-from kivi_tvm.schedules.primitives import split_off
+from tvm import DataType
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+
+from kivi_tvm.config import KernelKey
+from kivi_tvm.schedules.primitives import extent_of, largest_divisor
 from kivi_tvm.schedules.threads import (
+    WORDS,
     WorkGroup,
+    bind_threads,
     keep_local,
     over_groups,
+    over_spatial,
     over_threads,
     reduce_by_warps,
     share,
+    unroll,
 )
 from kivi_tvm.targets import Hardware
 
 SCALARS = "slot", "oldest", "count", "entries"
 ELEMENTWISE = (
-    "q_scaled", "start_stat", "start_acc", "source", "score", "prob", "mass", "chunk_acc",
-    "new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc", "level", "weight", "parts_acc",
+    "q_scaled", "start_stat", "start_acc", "score", "prob", "mass",
+    "new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc", "level", "weight",
     "new_stat_parts", "new_sum_parts", "new_acc_parts", "keep_stat_parts", "keep_acc_parts",
     "out", "lse",
 )  # fmt: skip
-# Few lanes per token, so that many tokens are under way: with a warp each they took 16 us.
-THREADS, LANES = 128, 8
-TOGETHER = 16  # loads of a thread under way
-REDUCED = "dot", "max", "sum", "part_max", "part_sum"
+THREADS, LANES = 256, 8
+WORD_BYTES = 4
+REDUCED = "max", "sum", "part_max", "part_sum"
+# What is summed over tokens or partial results, the loads of it, and the sum of those sums.
+SUMS = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
+
+
+def min_blocks(key: KernelKey) -> int:
+    """Registers for two: a thread holds 32 elements of keys and of values, or more."""
+    return 2
 
 
 def combine_window(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine_window` for work-groups."""
-    group = WorkGroup(THREADS // LANES, LANES)
+    loads = sch.get_sblock("k_near")
+    channels = extent_of(sch, sch.get_loops(loads)[-1])
+    lanes = gcd(LANES, channels // wide(sch, loads))
+    group = WorkGroup(THREADS // lanes, lanes)
     for name in SCALARS:
         keep_local(sch, name)
+    dot_by_lanes(sch, sch.get_sblock("dot"), loads, group)
+    for names in SUMS:
+        sum_by_threads(sch, *map(sch.get_sblock, names), group)
     for name in REDUCED:
         reduce_by_warps(sch, sch.get_sblock(name), group)
     for name in ELEMENTWISE:
         over_threads(sch, sch.get_sblock(name), group)
-    # a channel per thread, over the tokens or partial results of a chunk
-    for name, consumer in (("acc", "chunk_acc"), ("parts_of", "parts_acc")):
-        block = sch.get_sblock(name)
-        sch.compute_at(block, sch.get_loops(sch.get_sblock(consumer))[-1], preserve_unit_loops=True)
-        sch.set_scope(block, 0, "local")
-        _, together = split_off(sch, sch.get_loops(block)[-1], TOGETHER)
-        sch.unroll(together)
     share(sch)
     over_groups(sch, sch.get_sblock("head"))
+
+
+def wide(sch: Schedule, loads: SBlockRV) -> int:
+    """Elements of 16 bytes of what a block loads."""
+    return WORDS * WORD_BYTES // DataType(sch.get(loads).writes[0].source.dtype).itemsize
+
+
+def dot_by_lanes(sch: Schedule, block: SBlockRV, loads: SBlockRV, group: WorkGroup) -> None:
+    """Give a token to `group.lanes` lanes; all loads are under way before the first sum.
+
+    Few lanes, so that many tokens are under way: with a warp each they took 16 us.
+    """
+    width = wide(sch, loads)
+    # 1. neighbouring keys in the registers of the lanes that multiply with them
+    token, channel = sch.get_loops(loads)
+    warp, token = sch.split(token, [group.warps, None])
+    lane, channel, vector = sch.split(channel, [group.lanes, None, width])
+    sch.reorder(warp, lane, token, channel, vector)
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    sch.vectorize(vector)
+    unroll(sch, [token, channel])
+    sch.set_scope(loads, 0, "local")
+    # 2. a sum per lane
+    lane, _ = sch.split(sch.get_loops(block)[-1], [group.lanes, None])
+    partial = sch.rfactor(lane, factor_axis=0)
+    row, token, lane, channel = sch.get_loops(partial)
+    warp, token = sch.split(token, [group.warps, None])
+    sch.reorder(warp, lane, row, token, channel)
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    result = sch.cache_write(partial, 0, "local")
+    sch.reverse_compute_at(result, token)
+    unroll(sch, [token, channel])
+    # 3. their sum
+    over_spatial(sch, block, group)
+
+
+def sum_by_threads(
+    sch: Schedule, block: SBlockRV, loads: SBlockRV, total: SBlockRV, group: WorkGroup
+) -> None:
+    """Give neighbouring channels of one sum to a thread; loads of 16 bytes first, all of them."""
+    width = wide(sch, loads)
+    part, each, channel = sch.get_loops(loads)
+    vectors = extent_of(sch, channel) // width
+    at_once = largest_divisor(vectors, group.threads // extent_of(sch, part))
+    # 1. what is summed, in registers
+    channel, turn, vector = sch.split(channel, [at_once, None, width])
+    sch.reorder(part, channel, each, turn, vector)
+    bind_threads(sch, sch.fuse(part, channel), group)
+    sch.vectorize(vector)
+    unroll(sch, [each, turn])
+    sch.set_scope(loads, 0, "local")
+    # 2. the sums, to shared memory
+    result = sch.cache_write(block, 0, "local")
+    part, channel, each = sch.get_loops(block)
+    channel, neighbour = sch.split(channel, [at_once, None])
+    sch.reorder(part, channel, each, neighbour)
+    thread = bind_threads(sch, sch.fuse(part, channel), group)
+    sch.reverse_compute_at(result, thread)
+    unroll(sch, [each, neighbour])
+    sch.decompose_reduction(block, each)
+    # 3. their sum, a channel per thread
+    over_spatial(sch, total, group)

@@ -30,8 +30,9 @@ def attended(cfg, q, k, v, scale):
     values = reference.quantize_value(v[:, :tokens], cfg.value_bits, cfg.G_v)
     q = q.unflatten(0, (cfg.H_kv, cfg.M))
     found = []
-    for first in range(0, tokens, key.split_tokens):
-        last = min(first + key.split_tokens, tokens)
+    split = layout.split_tokens(key, tokens, key.split_tokens)
+    for first in range(0, tokens, split):
+        last = min(first + split, tokens)
         tiles = [slice(at, min(at + TOKENS, last)) for at in range(first, last, TOKENS)]
         warps = [_warp(cfg, q, keys, values, tiles[w::WARPS], scale) for w in range(WARPS)]
         warps = [warp for warp in warps if warp]

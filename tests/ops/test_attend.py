@@ -14,7 +14,7 @@ from ops.partials import Partials
 from pools import Pool, assert_same_bits
 from tolerance import FLAT_FLOAT32, relative_l2
 
-from kivi_tvm import targets
+from kivi_tvm import layout, targets
 from kivi_tvm.compile import scheduled_function
 from kivi_tvm.config import INTEGER_MODES, MAX_INTEGER_BITS, KiviConfig
 from kivi_tvm.cpu import missing_cpu_flags
@@ -23,12 +23,19 @@ from kivi_tvm.lowering import compile_module
 NAMES = ("k_code", "k_scale", "k_zero", "v_code", "v_scale", "v_zero", "table", "state", "slots")
 
 
-def work_items(pool, split):
+def splits_of(cfg, tokens):
+    """Slices of a row's packed tokens: its work items."""
+    key = cfg.kernel_key()
+    split = layout.split_tokens(key, tokens, key.split_tokens)
+    return [slice(first, min(first + split, tokens)) for first in range(0, tokens, split)]
+
+
+def work_items(pool):
     """(row, split) of every active row, in an odd order and with idle items between."""
     items = [
         (row, index)
         for row, _, length in pool.active()
-        for index in range(-(-max(0, length - pool.cfg.R) // split))
+        for index in range(len(splits_of(pool.cfg, max(0, length - pool.cfg.R))))
     ]
     idle = [(-1, 0)]
     return torch.tensor(idle + items[::-1] + idle, dtype=torch.int32)
@@ -52,14 +59,11 @@ def check(cfg, lengths, data="normal", scale=None, view=strided, bound=None):
     pool = Pool(cfg, lengths)
     pool.store_keys(inputs.k)
     pool.store_values(inputs.v)
-    split = cfg.kernel_key().split_tokens
-    parts = attended(cfg, pool, view(inputs.q[0]), scale, work_items(pool, split))
+    parts = attended(cfg, pool, view(inputs.q[0]), scale, work_items(pool))
     written = dict.fromkeys(range(len(lengths)), 0)
     for row, _, _ in pool.active():
         k, v = pool.dense_keys(inputs.k, row), pool.dense_values(inputs.v, row)
-        tokens = v.shape[1]
-        for index, first in enumerate(range(0, tokens, split)):
-            part = slice(first, min(first + split, tokens))
+        for index, part in enumerate(splits_of(cfg, v.shape[1])):
             parts.assert_equals_softmax(
                 row, index, inputs.q[0, row], k[:, part], v[:, part], scale, bound
             )
@@ -140,7 +144,7 @@ def test_other_processors_round_alike(mcpu):
     schedule = scheduled_function("attend", cfg.kernel_key(), target)
     kernel = compile_module(schedule.mod, target)["attend"]
     found = Partials(cfg, 1, plain.acc.shape[2])
-    work = work_items(pool, cfg.kernel_key().split_tokens)
+    work = work_items(pool)
     kernel(*pool.args(*NAMES), work, inputs.q[0].contiguous(), cfg.D**-0.5, *found.args)
     assert relative_l2(found.acc[:, :, 0], plain.acc[:, :, 0]) < 1e-3
 
@@ -176,7 +180,7 @@ def test_prefetching_changes_no_bit(cfg):
     pool = Pool(cfg, lengths)
     pool.store_keys(inputs.k)
     pool.store_values(inputs.v)
-    work = work_items(pool, cfg.kernel_key().split_tokens)
+    work = work_items(pool)
     plain = attended(cfg, pool, inputs.q[0], cfg.D**-0.5, work)
     target = targets.resolve("native")
     schedule = scheduled_function("attend", cfg.kernel_key(), target, {"prefetch": "none"})
@@ -197,7 +201,7 @@ def test_a_split_has_the_same_bits_in_any_company_and_order(cfg):
         alone = Pool(cfg, [length], seed=1)
         alone.store_keys(inputs.k[row : row + 1])
         alone.store_values(inputs.v[row : row + 1])
-        work = work_items(alone, cfg.kernel_key().split_tokens)
+        work = work_items(alone)
         work = work[torch.randperm(len(work), generator=torch.Generator().manual_seed(row))]
         q = inputs.q[0, row : row + 1].contiguous()
         found = attended(cfg, alone, q, cfg.D**-0.5, work)

@@ -1,6 +1,7 @@
 """`combine_window` against float64 attention over the window and what partial results stand for."""
 
 import math
+from dataclasses import replace
 
 import configurations
 import pytest
@@ -8,6 +9,7 @@ import torch
 from configurations import CONFIGS, FEW, config_id
 from inputs import ATTENDED_DATA, draw, strided
 from ops.plain import plain_kernel
+from ops.test_attend import splits_of
 from pools import Pool, poisoned
 from tolerance import assert_close
 
@@ -24,8 +26,8 @@ def kernel(request):
 
 def partial_results(cfg, pool, spread=3.0):
     """Statistics and accumulators of every split, poisoned where there are none."""
-    split, B = cfg.kernel_key().split_tokens, len(pool.lengths)
-    counts = [-(-max(0, (length or 0) - cfg.R) // split) for length in pool.lengths]
+    B, packed = len(pool.lengths), [max(0, (length or 0) - cfg.R) for length in pool.lengths]
+    counts = [len(splits_of(cfg, tokens)) for tokens in packed]
     entries = max(counts) + 2
     acc = poisoned((B, cfg.H, entries, cfg.D), torch.float32)
     stat = poisoned((B, cfg.H, entries, 2), torch.float32)
@@ -90,6 +92,14 @@ def test_data(cfg, kernel, data):
 def test_slots_behind_the_window_are_not_read(cfg, kernel, rollback):
     R = cfg.R
     check(cfg, kernel, [R - 1, R, None, 2 * R + 33, 500], rollback=rollback, scale=-0.1)
+
+
+@pytest.mark.parametrize("length", [300, 2048, 2049, 4096, 4097, 8192])
+def test_parts_of_short_rows_in_mode_half(kernel, length, request):
+    if request.config.getoption("--kernels") == "opencl":
+        pytest.skip("needs a CPU or tensor cores")
+    cfg = replace(FEW[0], compute="half", page_size=64)
+    check(cfg, kernel, [cfg.R + length])
 
 
 def test_more_partial_results_than_a_chunk(kernel):
