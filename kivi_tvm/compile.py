@@ -16,11 +16,17 @@ from kivi_tvm import targets
 from kivi_tvm.config import KernelKey
 from kivi_tvm.database import Found, Record
 from kivi_tvm.host import find_cxx
-from kivi_tvm.lowering import MIN_BLOCKS_ATTR, compile_module
+from kivi_tvm.lowering import (
+    BEGINNING_ATTR,
+    EARLY_LAUNCH,
+    LAUNCH_PARAMS_ATTR,
+    MIN_BLOCKS_ATTR,
+    compile_module,
+)
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, OPS
-from kivi_tvm.schedules import min_blocks, offers, rule
+from kivi_tvm.schedules import beginning, min_blocks, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
 # Linked into every library, so that it can run on torch's threads.
@@ -103,6 +109,9 @@ class Scheduler:
             if self._hardware.model == "gpu":
                 blocks = min_blocks(self._op, self._hardware, self._key)
                 function = function.with_attr(MIN_BLOCKS_ATTR, blocks)
+            if self._hardware.early_launch:
+                function = function.with_attr(LAUNCH_PARAMS_ATTR, [EARLY_LAUNCH])
+                function = function.with_attr(BEGINNING_ATTR, beginning(self._op, self._hardware))
             self._parsed[way] = function
         # A schedule changes blocks in place that it should copy: each gets a function anew.
         module = tvm.IRModule({self._name: renew_defs(self._parsed[way])})
@@ -235,7 +244,7 @@ def compile_kernels(
                 notify(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
-    executable = compile_module(scheduled_module(key, target, tuned), target)
+    executable = compile_module(scheduled_module(key, target, tuned), target, for_elsewhere=True)
     return CompiledKernels(
         key,
         target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
 import re
@@ -15,6 +16,29 @@ from pathlib import Path
 MIN_BLOCKS = 3
 # How ptxas trades registers: its own default; TVM's, 10, spills on sm_100 and sm_120.
 PTXAS_LEVEL = "5"
+# Where the machine code begins that a source carries behind it, as a comment.
+MACHINE_CODE = "\n// kivi-tvm: machine code of the above, as base64\n// "
+# How a kernel begins where kernels are launched before earlier ones have ended: "wait" for those;
+# and then "release" the next one, whose part before its own wait needs nothing of this kernel; or
+# go on, since it waits "later".
+BEGINNINGS = {
+    "wait": "kivi_tvm_wait();",
+    "release": "kivi_tvm_wait(); kivi_tvm_release();",
+    "later": "",
+}
+WAIT_SOURCE = """
+__device__ __forceinline__ unsigned kivi_tvm_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+  return 1;
+}
+"""
+RELEASE_SOURCE = """
+__device__ __forceinline__ void kivi_tvm_release() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+"""
 NEEDS_COMPILER = (
     "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
     "or NVRTC (`pip install cuda-bindings`)"
@@ -72,9 +96,58 @@ def with_launch_bounds(source: str, blocks: Mapping[str, int] | None = None) -> 
     return re.sub(r"__launch_bounds__\((\d+)\) (\w+?)(?=_kernel\b)", bounds, source)
 
 
+def with_early_launch(source: str, beginnings: Mapping[str, str]) -> str:
+    """A CUDA source whose kernels are launched before earlier ones have ended: sm_90 and later.
+
+    PTX ISA 9.7.13.14 ("griddepcontrol"). `beginnings` has one of `BEGINNINGS` by the name of a
+    function; the others "wait".
+    """
+
+    def begin(match: re.Match[str]) -> str:
+        return f"{match[0]}  {BEGINNINGS[beginnings.get(match[1], 'wait')]}\n"
+
+    at = source.index('extern "C" __global__')
+    helpers = RELEASE_SOURCE + ("" if "kivi_tvm_wait" in source else WAIT_SOURCE)
+    return source[:at] + helpers + re.sub(r"(\w+)_kernel\([^)]*\) \{\n", begin, source[at:])
+
+
+def with_asked_bytes(source: str, asked: Mapping[str, int]) -> str:
+    """A CUDA source whose machine code tells how much shared memory kernels ask for at launch.
+
+    By the names of variables, which `asked_bytes` reads from the names of all symbols.
+    """
+    lines = [f'extern "C" __device__ char {name}_asks_{n}_bytes;' for name, n in asked.items()]
+    return "\n".join([source, *lines, ""]) if lines else source
+
+
+def asked_bytes(symbols: str) -> dict[str, int]:
+    """Shared memory that kernels ask for at launch, by name, where it is not 0."""
+    return {name: int(n) for name, n in re.findall(r"\b(\w+?)_asks_(\d+)_bytes\b", symbols)}
+
+
+def with_machine_code(source: str, image: bytes) -> str:
+    """A CUDA source with what it was compiled to.
+
+    TVM keeps sources where there is no NVIDIA driver, and has them compiled where they are loaded.
+    """
+    return f"{source}{MACHINE_CODE}{base64.b64encode(image).decode()}\n"
+
+
+def machine_code_of(source: str) -> bytes | None:
+    """The machine code that a source carries; None if it carries none."""
+    _, mark, code = source.partition(MACHINE_CODE)
+    return base64.b64decode(code) if mark else None
+
+
 def base_architecture(name: str) -> str:
     """An architecture without the letter of its specific features: "sm_90" of "sm_90a"."""
     return re.sub(r"[af]$", "", name)
+
+
+def number_of(architecture: str) -> int:
+    """The number of an architecture, 90 of "sm_90a"; 0 if it has none."""
+    found = re.fullmatch(r"sm_(\d+)", base_architecture(architecture))
+    return int(found[1]) if found else 0
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
@@ -83,8 +156,7 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     It does on the same major version from its minor one on; with specific features, on exactly its
     own.
     """
-    number = int(base_architecture(architecture).removeprefix("sm_"))
-    major, minor = divmod(number, 10)
+    major, minor = divmod(number_of(architecture), 10)
     if base_architecture(architecture) != architecture:
         return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kivi_tvm.cuda import PTXAS_LEVEL, find_nvcc
+from kivi_tvm.cuda import PTXAS_LEVEL, find_nvcc, machine_code_of
 from kivi_tvm.errors import UserError
 from kivi_tvm.machine_code import KernelCode, kernels
 
@@ -64,10 +64,12 @@ def cuda_code(library: bytes, architecture: str) -> CudaCode:
         The library holds no CUDA code, or a tool is missing or fails.
     """
     with _programs() as programs:
-        if images := list(cuda_images(library)):
+        source = cuda_source(library)
+        carried = source and machine_code_of(source)
+        if images := [carried] if carried else list(cuda_images(library)):
             found = [kernel for image in images for kernel in _kernels(image, programs)]
             return CudaCode("library", tuple(found))
-        if (source := cuda_source(library)) is None:
+        if source is None:
             raise UserError("the library holds no CUDA code")
         return CudaCode("source", tuple(_kernels(compiled(source, architecture), programs)))
 

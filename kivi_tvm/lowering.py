@@ -17,7 +17,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm.backend.cuda.op import cuda_func_call
-from tvm.ir import Call, IRModule, Op
+from tvm.ir import Call, IRModule, Op, TensorLoad
 from tvm.ir.transform import PassContext, Sequential, module_pass
 from tvm.s_tir import SBlock
 from tvm.support import nvcc
@@ -26,6 +26,7 @@ from tvm.tirx import (
     AllocBuffer,
     AttrStmt,
     Buffer,
+    BufferLoad,
     DeclBuffer,
     Evaluate,
     Expr,
@@ -33,19 +34,40 @@ from tvm.tirx import (
     IfThenElse,
     IntImm,
     PrimFunc,
+    Ramp,
     SeqStmt,
     Stmt,
     decl_buffer,
 )
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
+from tvm.tirx.op import address_of, call_extern
 from tvm.tirx.transform import LowerWarpMemory
 
-from kivi_tvm.cuda import PTXAS_LEVEL, find_compiler, find_nvcc, with_launch_bounds
+from kivi_tvm.cuda import (
+    PTXAS_LEVEL,
+    find_compiler,
+    find_nvcc,
+    machine_code_of,
+    with_asked_bytes,
+    with_early_launch,
+    with_launch_bounds,
+    with_machine_code,
+)
 
 NAME = "kivi_tvm"
 MIN_BLOCKS_ATTR = "kivi.min_blocks"  # of a function: `cuda.with_launch_bounds`
+BEGINNING_ATTR = "kivi.beginning"  # of a function: `cuda.with_early_launch`
+# What TVM calls that, in its spelling.
+LAUNCH_PARAMS_ATTR = "tirx.kernel_launch_params"
+EARLY_LAUNCH = "tirx.use_programtic_dependent_launch"
 # Those of the module that is compiled.
 _blocks: ContextVar[Mapping[str, int]] = ContextVar("blocks", default={})  # noqa: B039
+# Shared memory that its kernels ask for at launch, by name; filled in when they are lowered.
+_asked_bytes: ContextVar[dict[str, int]] = ContextVar("asked_bytes")
+# How its kernels begin, if they are launched early.
+_beginnings: ContextVar[Mapping[str, str]] = ContextVar("beginnings", default={})  # noqa: B039
+# Whether its CUDA source is to carry its machine code.
+_machine_code: ContextVar[bool] = ContextVar("machine_code", default=False)
 ACTIVE_LANES, EXP2 = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.exp2")
 # exp2f without what it does for results below 2^-126, which are 0 here
 EXP2_SOURCE = """
@@ -55,26 +77,43 @@ __device__ __forceinline__ float kivi_tvm_exp2(float x) {
   return y;
 }
 """
+LOAD_BYTES = 16
+LOAD_SOURCE = """
+__device__ __forceinline__ {type} kivi_tvm_load_{type}(const void* from) {{
+  return __ldcg(static_cast<const {type}*>(from));
+}}
+"""
 EXACT = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true"]  # after nvrtc's fast mathematics
 LINE_BYTES = 64
 MAX_STACK_BYTES = 65536  # of one buffer; threads have 512 kB and more
 
 
-def compile_module(module: IRModule, target: Target) -> Any:
-    """The executable of scheduled functions; use this for every kernel."""
+def compile_module(module: IRModule, target: Target, for_elsewhere: bool = False) -> Any:
+    """The executable of scheduled functions; use this for every kernel.
+
+    Parameters
+    ----------
+    module : IRModule
+    target : Target
+    for_elsewhere : bool
+        Whether kernels for a GPU become machine code even where there is none, which takes a while.
+    """
     if target.kind.name == "cuda":
         configure_cuda()
-        _blocks.set(min_blocks(module))
+        _blocks.set({name: int(n) for name, n in attributes(module, MIN_BLOCKS_ATTR).items()})
+        _asked_bytes.set({})
+        _beginnings.set(attributes(module, BEGINNING_ATTR))
+        _machine_code.set(for_elsewhere and not has_cuda_runtime())
     with target:  # whose architecture CUDA sources are compiled for
         return tvm.compile(module, target=target, tir_pipeline=_registered())
 
 
-def min_blocks(module: IRModule) -> dict[str, int]:
-    """What functions say of `cuda.with_launch_bounds`, by name."""
+def attributes(module: IRModule, name: str) -> dict[str, Any]:
+    """An attribute of the functions that have it, by their names."""
     return {
-        name.name_hint: int(function.attrs[MIN_BLOCKS_ATTR])
-        for name, function in module.functions.items()
-        if function.attrs and MIN_BLOCKS_ATTR in function.attrs
+        each.name_hint: function.attrs[name]
+        for each, function in module.functions.items()
+        if function.attrs and name in function.attrs
     }
 
 
@@ -89,19 +128,31 @@ def configure_cuda() -> None:
     os.environ.setdefault("TVM_CUDA_PTXAS_REG_LEVEL", PTXAS_LEVEL)
     if path := find_nvcc():
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(path).parent)])
-    tvm_ffi.register_global_func("tvm_callback_cuda_postproc", _bounded, override=True)
+    tvm_ffi.register_global_func("tvm_callback_cuda_postproc", _finished, override=True)
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_cuda, override=True)
 
 
-def _bounded(source: str, _: Target) -> str:
-    return with_launch_bounds(source, _blocks.get())
+def has_cuda_runtime() -> bool:
+    """Tell whether TVM's CUDA runtime is in this process, which takes a driver."""
+    return tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None
 
 
-def _compile_cuda(source: str) -> bytes:
-    architecture = str(Target.current().attrs["arch"])
+def _finished(source: str, target: Target) -> str:
+    source = with_asked_bytes(with_launch_bounds(source, _blocks.get()), _asked_bytes.get())
+    if beginnings := _beginnings.get():
+        source = with_early_launch(source, beginnings)
+    if not _machine_code.get():
+        return source
+    return with_machine_code(source, _compile_cuda(source, target))
+
+
+def _compile_cuda(source: str, target: Target | None = None) -> bytes:
+    if code := machine_code_of(source):
+        return code
+    architecture = str((target or Target.current()).attrs["arch"])
     if find_compiler() == "nvcc":
-        code = architecture.removeprefix("sm_")
-        gencode = ["-gencode", f"arch=compute_{code},code={architecture}"]
+        virtual = architecture.replace("sm_", "compute_")
+        gencode = ["-gencode", f"arch={virtual},code={architecture}"]
         return bytes(nvcc.compile_cuda(source, "fatbin", gencode, compiler="nvcc"))
     return bytes(nvcc.compile_cuda(source, "cubin", architecture, EXACT, compiler="nvrtc"))
 
@@ -117,7 +168,7 @@ def _pipeline() -> tuple[Any, Any, Any]:
     return (
         lowered_one_by_one(lower),
         lambda: Sequential([keep_on_stack, host()]),
-        lambda: Sequential([lower_warp_memory, device()]),
+        lambda: Sequential([note_asked_bytes, lower_warp_memory, load_past_l1, device()]),
     )
 
 
@@ -151,6 +202,19 @@ def _has_warp_blocks(function: PrimFunc) -> bool:
     return bool(found)
 
 
+@module_pass(opt_level=0, name="kivi_tvm.note_asked_bytes")  # type: ignore[untyped-decorator]
+def note_asked_bytes(module: IRModule, _: PassContext) -> IRModule:
+    """Note how much shared memory kernels ask for when they are launched."""
+    for name, function in module.functions.items():
+
+        def visit(stmt: AllocBuffer, kernel: str = name.name_hint) -> None:
+            if stmt.buffer.scope() == "shared.dyn":
+                _asked_bytes.get()[kernel] = _constant_bytes(stmt.buffer)
+
+        tvm_ffi.structural_walk(function.body, (AllocBuffer, visit))
+    return module
+
+
 @module_pass(opt_level=0, name="kivi_tvm.lower_warp_memory")  # type: ignore[untyped-decorator]
 def lower_warp_memory(module: IRModule, _: PassContext) -> IRModule:
     """Lower all buffers of warps: TVM's pass does one of those that are allocated side by side.
@@ -168,6 +232,40 @@ def lower_warp_memory(module: IRModule, _: PassContext) -> IRModule:
             function = only[name].with_body(body)
         found[name] = function
     return IRModule(found, attrs=module.attrs)
+
+
+@module_pass(opt_level=0, name="kivi_tvm.load_past_l1")  # type: ignore[untyped-decorator]
+def load_past_l1(module: IRModule, _: PassContext) -> IRModule:
+    """Let kernels that begin before earlier ones have ended load from the second-level cache.
+
+    What was written before is there. In the first level there may be what was there before that:
+    it is only said to be gone where a kernel has waited.
+    """
+    found = dict(module.functions)
+    for name, function in module.functions.items():
+        if _beginnings.get().get(name.name_hint.removesuffix("_kernel")) == "later":
+            body = tvm_ffi.structural_map(function.body, (TensorLoad, _past_l1))
+            found[name] = function.with_body(body)
+    return IRModule(found, attrs=module.attrs)
+
+
+def _past_l1(load: TensorLoad) -> Expr:
+    [index], dtype = load.indices, tvm.DataType(load.ty.dtype)
+    if load.source.scope() != "global":
+        return load
+    if not isinstance(index, Ramp):
+        return call_extern(str(dtype), "__ldcg", address_of(load))
+    size = dtype.bits * dtype.lanes // 8
+    if size != LOAD_BYTES or int(index.stride) != 1:
+        raise ValueError(f"`load` must be of {LOAD_BYTES} bytes side by side, got {load}")
+    first = BufferLoad(load.source, [index.base])
+    of_cuda = "float4" if str(dtype) == "float32x4" else "uint4"  # as TVM writes such types
+    return cuda_func_call(
+        f"kivi_tvm_load_{of_cuda}",
+        address_of(first),
+        source_code=LOAD_SOURCE.format(type=of_cuda),
+        return_type=str(dtype),
+    )
 
 
 def _for_warps(call: Call) -> Expr:

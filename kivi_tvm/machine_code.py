@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kivi_tvm.control_flow import Instruction, innermost_loops
+from kivi_tvm.cuda import asked_bytes
 from kivi_tvm.instruction_counts import Counts, access_bits, count
 
 # On these architectures the tools count 1 kB that the system keeps of every work-group's memory.
@@ -45,7 +46,7 @@ class KernelCode:
     registers : int
         Of a thread.
     shared_bytes : int
-        Of a work-group, as the kernel declares them.
+        Of a work-group: what the kernel declares, and what it asks for when it is launched.
     local_bytes : int
         Of a thread, in memory: what is spilled, and arrays that are no registers.
     spilled_bytes : int
@@ -128,12 +129,14 @@ def kernels(sass: str, usage: str, elf: str) -> list[KernelCode]:
         What `cuobjdump` prints of it with `-sass`, `-res-usage` and `-elf`.
     """
     architecture, code, threads = architecture_of(sass), parse_sass(sass), parse_threads(elf)
+    asked = asked_bytes(elf)
     found = []
     for name, *numbers in _USAGE.findall(usage):
         registers, stack, shared, local = map(int, numbers)
         number = int(re.sub(r"\D", "", architecture))
         if number >= COUNTS_SYSTEM_SHARED_FROM and shared >= SYSTEM_SHARED_BYTES:
             shared -= SYSTEM_SHARED_BYTES
+        shared += asked.get(name, 0)
         body = code[name]
         loops = tuple(Loop(each[0].address, count(each)) for each in innermost_loops(body))
         found.append(

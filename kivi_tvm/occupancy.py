@@ -6,10 +6,9 @@ in the CUDA toolkit's `cuda_occupancy.h`.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 
-from kivi_tvm.cuda import base_architecture
+from kivi_tvm.cuda import base_architecture, number_of
 
 WARP = 32
 REGISTERS = 65536  # of a multiprocessor, on all architectures below
@@ -56,11 +55,9 @@ def group_bytes(architecture: str) -> int | None:
     Of an architecture that is not listed, that of the one before it of the same major version:
     code for that one runs on it.
     """
-    number = re.fullmatch(r"sm_(\d+)", base_architecture(architecture))
-    if not number:
-        return None
-    known = {int(name.removeprefix("sm_")): limits for name, limits in LIMITS.items()}
-    before = [n for n in known if n <= int(number[1]) and n // 10 == int(number[1]) // 10]
+    number = number_of(architecture)
+    known = {number_of(name): limits for name, limits in LIMITS.items()}
+    before = [n for n in known if n <= number and n // 10 == number // 10]
     if not before:
         return None
     limits = known[max(before)]

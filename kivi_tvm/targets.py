@@ -29,6 +29,7 @@ NO_ARCHITECTURE = "sm_50"  # what TVM takes where none is named and no GPU found
 WARP = 32
 # Architectures without bfloat16 and `mma.m16n8k16`.
 BEFORE_SM_80 = ("sm_70", "sm_72", "sm_75")
+EARLY_LAUNCH_FROM = 90
 SHARED_BYTES = 48 * 1024  # that every CUDA device gives without being asked
 
 
@@ -44,6 +45,7 @@ class Hardware:
     tensor_cores: bool = False
     shared_bytes: int = 0  # of a work-group
     dynamic_bytes: int = 0  # of a work-group that asks for more when it is launched
+    early_launch: bool = False  # kernels can be launched before earlier ones have ended
 
     @property
     def float32_lanes(self) -> int:
@@ -161,6 +163,7 @@ def hardware(target: Target) -> Hardware:
             tensor_cores=target.kind.name == "cuda" and arch not in BEFORE_SM_80,
             shared_bytes=SHARED_BYTES,
             dynamic_bytes=occupancy.group_bytes(arch) or SHARED_BYTES,
+            early_launch=cuda.number_of(arch) >= EARLY_LAUNCH_FROM,
         )
     features = set(map(str, codegen.llvm_get_cpu_features(target)))
     byte_dot = next((kind for needs, kind in BYTE_DOTS if needs & features), None)
@@ -239,7 +242,10 @@ def _check_kind(kind: str) -> None:
 
 
 def _for_cuda(found: Target) -> Target:
-    """The target with this machine as its host, once it is known that it can be compiled for."""
+    """The target with its host, once it is known that it can be compiled for.
+
+    The host is any processor of this machine's architecture: it only launches kernels.
+    """
     known = cuda.known_architectures()
     if not known:
         raise UserError(f"`target` of kind 'cuda' {cuda.NEEDS_COMPILER}")
@@ -258,7 +264,8 @@ def _for_cuda(found: Target) -> Target:
             f"got {name!r}{hint}"
         )
     fields.pop("tag", None)
-    return Target({**fields, "host": as_dict(_native())})
+    host = {"kind": "llvm", "mtriple": codegen.llvm_get_system_triple(), "mcpu": "generic"}
+    return Target({**fields, "host": host})
 
 
 def _check_cpu(name: str, native: Target) -> None:

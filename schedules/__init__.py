@@ -50,5 +50,11 @@ def min_blocks(op: str, hardware: Hardware, key: KernelKey) -> int:
     return found(key) if found else MIN_BLOCKS
 
 
+def beginning(op: str, hardware: Hardware) -> str:
+    """How the kernel of `op` begins where kernels are launched early: of `cuda.BEGINNINGS`."""
+    found: str = getattr(_file(op, hardware), "BEGINNING", "wait")
+    return found
+
+
 def _file(op: str, hardware: Hardware) -> ModuleType:
     return importlib.import_module(f"kivi_tvm.schedules.{hardware.model}.{op}")

@@ -32,6 +32,7 @@ REGISTER = re.compile(r"\(\((?:float|unsigned) \*\)\((.*?)\)\)\[\d\]\)")
 COPY = re.compile(r'unsigned address.*?asm volatile\("cp\.async\.cg\.shared\.global.*?\);', re.S)
 ARRIVE = re.compile(r'asm volatile\("cp\.async\.wait_all;.*?\);')
 EXP2 = re.compile(r'asm\("ex2\.approx\.ftz\.f32.*?\);')
+LAUNCHES = re.compile(r'asm volatile\("griddepcontrol\..*?\);')
 SHARED = re.compile(r"extern __shared__ .*?(\w+)\[\];")
 MOVMATRIX = re.compile(r'asm\("movmatrix\.sync\.aligned\.m8n8\.trans\.b16.*?\);')
 
@@ -73,6 +74,7 @@ class EmulatedKernel(OpenCLKernel):
 def emulated(source, name):
     """A CUDA source as C++ with a function that launches its kernel."""
     body = MOVMATRIX.sub("y = movmatrix_trans(x);", MMA.sub(call_of_mma, source))
+    body = LAUNCHES.sub("", body)
     body = EXP2.sub("y = exp2f(x);", body)
     body = ARRIVE.sub("arrive_copies();", COPY.sub("copy_later(to, from);", body))
     body = SHARED.sub(r"alignas(16) static uchar \1[SHARED_BYTES];", body)

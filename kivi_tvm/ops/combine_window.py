@@ -190,6 +190,12 @@ def combine_window(key: KernelKey):
                         )  # fmt: skip
                         T.writes(run_max[0], run_sum[0], run_acc[0, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
+                # Nothing before this reads what `attend` writes. As mathematics it is nothing.
+                attended = T.sblock_alloc_buffer((1,), "uint32")
+                with T.sblock("attended"):
+                    T.reads()
+                    T.writes(attended[0])
+                    attended[0] = T.uint32(1)
                 for c in T.serial(T.ceildiv(entries[0], X_C)):
                     with T.sblock("parts"):
                         vc = T.axis.opaque(T.ceildiv(X, X_C), c)

@@ -6,12 +6,13 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import tvm_ffi
 
+from kivi_tvm.cuda import machine_code_of
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import (
     CUDA_RUNTIME_LIBRARY,
@@ -23,6 +24,8 @@ from kivi_tvm.host import (
 Kernel = Callable[..., Any]
 # In the order of `kivi_tvm_use_openmp`.
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
+
+COMPILE_CUDA = "tvm_callback_cuda_compile"  # what TVM's runtime calls with a CUDA source
 
 _configured = threading.local()
 
@@ -36,16 +39,25 @@ class Library:
 
     Parameters
     ----------
-    module : object
-        What `tvm_ffi.load_module` or `tvm.compile` returned; it gives functions by `[name]`.
+    module : object or None
+        What `tvm_ffi.load_module` or `tvm.compile` returned; it gives functions by `[name]`. None
+        if `load` gets it when the first function is asked for.
     origin : str
         The file, or "in-process"; named in errors.
     on_torch_threads : bool
         Whether its loops run on the threads that torch computes with, or on TVM's own.
+    load : callable, optional
     """
 
-    def __init__(self, module: Any, origin: str, on_torch_threads: bool = False) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: Any,
+        origin: str,
+        on_torch_threads: bool = False,
+        load: Callable[[], Any] | None = None,
+    ) -> None:
+        self._module = module
+        self._load = load
         self.origin = origin
         self.on_torch_threads = on_torch_threads
         self._functions: dict[str, Kernel] = {}
@@ -55,6 +67,12 @@ class Library:
         if found is None:
             found = self._functions[name] = self._look_up(name)
         return found
+
+    @property
+    def module(self) -> Any:
+        if self._module is None and self._load is not None:
+            self._module = self._load()
+        return self._module
 
     def _look_up(self, name: str) -> Kernel:
         try:
@@ -66,6 +84,9 @@ class Library:
 
 def open_library(path: Path, kind: str = "llvm") -> Library:
     """Open a compiled library with tvm-ffi and TVM's runtime alone, without the compiler.
+
+    One for CUDA is opened when the first of its functions is asked for, since that takes a driver:
+    a library may be built, saved and inspected where there is no GPU.
 
     Parameters
     ----------
@@ -81,16 +102,41 @@ def open_library(path: Path, kind: str = "llvm") -> Library:
     UserError
         TVM's runtime library is not installed.
     """
-    load_runtime()
-    if kind == "cuda":
-        load_cuda_runtime()
     # dlopen searches its own path for a name without a slash.
     path = Path(path).absolute()
+    if kind == "cuda":
+        return Library(None, str(path), load=partial(_open_cuda, path))
+    return Library(_open(path), str(path), run_on_torch_threads(path))
+
+
+def _open(path: Path) -> Any:
+    load_runtime()
     try:
-        module = tvm_ffi.load_module(path)
+        return tvm_ffi.load_module(path)
     except RuntimeError as error:
         raise LibraryError(f"cannot open {path}: {error}") from error
-    return Library(module, str(path), kind == "llvm" and run_on_torch_threads(path))
+
+
+def _open_cuda(path: Path) -> Any:
+    load_runtime()
+    load_cuda_runtime()
+    compiler = tvm_ffi.get_global_func(COMPILE_CUDA, allow_missing=True)
+
+    def machine_code(source: str) -> bytes:
+        if code := machine_code_of(source):
+            return code
+        if compiler is None:
+            raise LibraryError(
+                f"{path} holds CUDA source without machine code, which takes a compiler"
+            )
+        return bytes(compiler(source))
+
+    tvm_ffi.register_global_func(COMPILE_CUDA, machine_code, override=True)
+    try:
+        return _open(path)
+    finally:
+        if compiler is not None:
+            tvm_ffi.register_global_func(COMPILE_CUDA, compiler, override=True)
 
 
 def run_on_torch_threads(path: Path) -> bool:

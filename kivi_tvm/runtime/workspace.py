@@ -31,7 +31,7 @@ class Workspace:
     parts : tuple
         What the kernels take: accumulators `[B, H n, X, D]` and statistics `[B, H n, X, 2]`.
     work : object or None
-        What `attend` takes, `int32 [n, 2]` of (row, split); None while nothing is packed.
+        What `attend` takes, `int32 [n, 2]` of (row, split); None on CPUs while nothing is packed.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class Workspace:
         self._planned: tuple[int, ...] = ()
         self._items = torch.empty(0, 2, dtype=torch.int32)
         self.work: object | None = None
-        self._allocate(0)
+        # On a GPU never without any: what follows `attend` begins before it ends, and must know
+        # that everything before it has ended (`schedules/gpu/combine_window.py`).
+        self._allocate(0 if self._listed else layout.SHORT_SPLITS)
 
     @property
     def nbytes(self) -> int:
@@ -65,8 +67,7 @@ class Workspace:
         parts = [layout.split_tokens(self._key, tokens, self.split) for tokens in packed]
         splits = [-(-tokens // part) for tokens, part in zip(packed, parts, strict=True)]
         if (most := max(splits)) > self.capacity:
-            # not fewer than those of any short row, so that its length alone tells when to add some
-            self._allocate(most if self._listed else max(2 * most, layout.SHORT_SPLITS))
+            self._allocate(most if self._listed else 2 * most)
         if not self._listed:
             return
         plan = (threads, *splits)
@@ -95,4 +96,4 @@ class Workspace:
         self._acc, self._stat, self.parts = acc, stat, parts
         if not self._listed:
             self._items = every_split(self._batch_size, splits, self._device)
-            self.work = tvm_ffi.from_dlpack(self._items) if splits else None
+            self.work = tvm_ffi.from_dlpack(self._items)

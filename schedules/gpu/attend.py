@@ -31,6 +31,8 @@ REDUCED = "q_zero", "max", "sum", "p_zero"
 CHUNK_TOKENS = 128
 WIDE_HEAD = 128
 ROW_TILES = 1, 2, 4  # more would spill registers
+# What comes next attends to the window meanwhile, which was written before.
+BEGINNING = "release"
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:

@@ -9,6 +9,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.primitives import extent_of, largest_divisor
 from kivi_tvm.schedules.threads import (
     WORDS,
@@ -33,6 +34,7 @@ ELEMENTWISE = (
 )  # fmt: skip
 THREADS, LANES = 256, 8
 WORD_BYTES = 4
+BEGINNING = "later"  # the window was written before `attend`, which may still be running
 REDUCED = "max", "sum", "part_max", "part_sum"
 # What is summed over tokens or partial results, the loads of it, and the sum of those sums.
 SUMS = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
@@ -53,11 +55,15 @@ def combine_window(sch: Schedule, hardware: Hardware) -> None:
         keep_local(sch, name)
     dot_by_lanes(sch, sch.get_sblock("dot"), loads, group)
     for names in SUMS:
-        sum_by_threads(sch, *map(sch.get_sblock, names), group)
+        block, summed, total = map(sch.get_sblock, names)
+        sum_by_threads(sch, block, summed, total, group)
     for name in REDUCED:
         reduce_by_warps(sch, sch.get_sblock(name), group)
     for name in ELEMENTWISE:
         over_threads(sch, sch.get_sblock(name), group)
+    keep_local(sch, "attended")
+    if hardware.early_launch:
+        sch.tensorize(sch.get_sblock("attended"), wait())
     share(sch)
     over_groups(sch, sch.get_sblock("head"))
 
