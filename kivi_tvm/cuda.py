@@ -36,7 +36,9 @@ __device__ __forceinline__ unsigned kivi_tvm_wait() {
 """
 RELEASE_SOURCE = """
 __device__ __forceinline__ void kivi_tvm_release() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 """
 NEEDS_COMPILER = (

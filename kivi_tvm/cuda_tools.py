@@ -86,6 +86,20 @@ def kernels_of_source(source: str, architecture: str) -> tuple[KernelCode, ...]:
         return tuple(_kernels(compiled(source, architecture), programs))
 
 
+def disassembled(image: bytes) -> str:
+    """What `cuobjdump -sass` prints of a cubin.
+
+    Raises
+    ------
+    UserError
+        A tool is missing or fails.
+    """
+    with _programs() as programs, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "image.cubin")
+        path.write_bytes(image)
+        return _output([str(programs / "cuobjdump"), "-sass", str(path)], _found_by(programs))
+
+
 def find_program(name: str) -> Path | None:
     """A tool of CUDA: on the PATH, below CUDA_HOME or CUDA_PATH, or in a package from PyPI."""
     homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
@@ -167,8 +181,7 @@ def compiled(source: str, architecture: str) -> bytes:
 
 def _kernels(image: bytes, programs: Path) -> Iterator[KernelCode]:
     """The kernels of a fat binary or a cubin, for every architecture in it."""
-    search = os.pathsep.join([str(programs), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": search}
+    environment = _found_by(programs)
     with tempfile.TemporaryDirectory() as folder:
         # The tool goes by the name's ending.
         suffix = "fatbin" if image.startswith(_FATBIN_MAGIC) else "cubin"
@@ -181,6 +194,12 @@ def _kernels(image: bytes, programs: Path) -> Iterator[KernelCode]:
             options = ("-sass", "-res-usage", "-elf")
             sass, usage, elf = (_output([tool, each, str(cubin)], environment) for each in options)
             yield from kernels(sass, usage, elf)
+
+
+def _found_by(programs: Path) -> dict[str, str]:
+    """The environment in which one tool finds the other."""
+    search = os.pathsep.join([str(programs), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": search}
 
 
 @contextmanager

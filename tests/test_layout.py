@@ -1,19 +1,22 @@
 """Shapes, sizes and bit positions, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from configurations import CONFIGS
 
 from kivi_tvm import KiviConfig
-from kivi_tvm.config import BITS, PACK_ORDERS
+from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS
 from kivi_tvm.layout import (
+    SHORT_SPLITS,
     num_pages,
     pack_order,
     packed_keys,
     packed_values,
     page_buffers,
     ring_buffers,
+    split_tokens,
 )
 
 CFG = KiviConfig(128, 32, 8, key_bits=2, value_bits=4, residual_length=128, page_size=64)
@@ -134,3 +137,21 @@ def test_pack_order_errors():
         pack_order("mma", 2, 128)
     with pytest.raises(ValueError, match="`span` must be a multiple of 16, got 24"):
         pack_order("bytes", 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "sizes"),
+    [(128, (256, 512, 1024)), (192, (192, 448, 960)), (320, (192, 448, 960))],
+)
+def test_short_rows_have_short_parts_in_mode_half(page_size, sizes):
+    key = KiviConfig(128, 8, 2, compute="half", page_size=page_size).kernel_key()
+    parts = [split_tokens(key, n, key.split_tokens) for n in range(1, 3 * 8192)]
+    assert sorted(set(parts)) == list(sizes) and parts == sorted(parts)
+    assert all(part % HALF_PAGE_UNIT == 0 for part in sizes)
+    counts = [-(-n // part) for n, part in enumerate(parts, 1)]
+    # what a workspace relies on, which makes room for `SHORT_SPLITS` parts and more
+    assert all(
+        count <= max(SHORT_SPLITS, -(-n // key.split_tokens)) for n, count in enumerate(counts, 1)
+    )
+    plain = replace(key, compute="float")
+    assert split_tokens(plain, 5, plain.split_tokens) == plain.split_tokens

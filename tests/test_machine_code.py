@@ -5,7 +5,7 @@ import pytest
 from kivi_tvm.control_flow import innermost_loops
 from kivi_tvm.instruction_counts import access_bits, count, kind_of
 from kivi_tvm.machine_code import kernels, parse_sass, parse_threads
-from kivi_tvm.occupancy import occupancy
+from kivi_tvm.occupancy import group_bytes, occupancy
 
 
 def sass(*lines):
@@ -203,3 +203,12 @@ def test_occupancy(kernel, groups, warps, limit):
 def test_unknown_occupancy():
     assert occupancy("sm_60", 128, 32, 0) is None
     assert occupancy("sm_90", 0, 32, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kilobytes"),
+    [("sm_80", 163), ("sm_86", 99), ("sm_87", 99), ("sm_90a", 227), ("sm_121", 99), ("sm_130", 0)],
+)
+def test_shared_memory_of_one_work_group(architecture, kilobytes):
+    assert (group_bytes(architecture) or 0) == kilobytes << 10
+    assert group_bytes("") is None

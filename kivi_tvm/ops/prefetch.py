@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from kivi_tvm.ops.fragments import LANES
-
 LINE_BYTES = 64
 # Arguments of llvm.prefetch. 2 is the second-level cache: what the next chunk needs would drive
 # this one's out of the first (T=32768, D=128, M=4, int8, one thread: 3.5 ms, with 3 instead 4.2).
 READ, KEEP, DATA = 0, 2, 1
-GPU_LINE_BYTES = 128
 
 
 def prefetch_block(name: str, pages: int, rows: int, columns: int, itemsize: int):
@@ -67,41 +64,6 @@ def prefetch_tokens(name: str, tokens: int, channels: int, itemsize: int):
                         "void",
                         "tirx.prefetch",
                         T.address_of(buffer[row, head, token(vl // lines), vl % lines * step]),
-                        READ,
-                        KEEP,
-                        DATA,
-                    )
-                )
-
-    return prefetch
-
-
-def prefetch_tile(name: str, rows: int, columns: int, itemsize: int):
-    """Ask for `rows` rows of `columns` elements of one head's part of a page, a lane per line.
-
-    The macro takes the buffer `[N, H_kv, ..., ...]`, the page, the head, the first row and the
-    first column.
-    """
-    step = min(GPU_LINE_BYTES // itemsize, columns)
-    of_row = -(-columns // step)
-    lines = rows * of_row
-
-    @T.macro
-    def prefetch(buffer, page, head, row, column):
-        for n, lane in T.grid(-(-lines // LANES), LANES):
-            with T.sblock(name):
-                vn, vl = T.axis.remap("SS", [n, lane])
-                T.where(n * LANES + lane < lines)
-                T.reads()
-                T.writes()
-                line = T.meta_var(vn * LANES + vl)
-                T.evaluate(
-                    T.call_intrin(
-                        "void",
-                        "tirx.prefetch",
-                        T.address_of(
-                            buffer[page, head, row + line // of_row, column + line % of_row * step]
-                        ),
                         READ,
                         KEEP,
                         DATA,

@@ -142,7 +142,9 @@ def test_attention_for_tensor_cores(tmp_path):
     kernels = {each["kernel"]: each for each in found["cuda"]["kernels"]}
     assert kernels.keys() == found["sources"].keys()
     attend = kernels["attend"]
+    assert found["cuda"]["code_from"] == "library"
     assert attend["architecture"] == "sm_90" and attend["occupancy"]["groups"] >= 3
+    assert attend["shared_bytes"] > 48 << 10  # with what it asks for at launch
     assert attend["spilled_bytes"] == attend["local_bytes"] == 0
     assert any(loop["mma"] for loop in attend["loops"])
     loads = [each for loop in attend["loops"] for each in loop["global_loads"].items()]

@@ -13,9 +13,12 @@ from tvm.target import Target
 
 from kivi_tvm.compile import functions, scheduled_function, scheduled_module
 from kivi_tvm.cuda import known_architectures
+from kivi_tvm.cuda_tools import PROGRAMS, compiled, disassembled, find_program
 from kivi_tvm.lowering import compile_module
+from kivi_tvm.machine_code import parse_sass
 from kivi_tvm.targets import SHARED_BYTES, hardware
 
+WAIT, RELEASE = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -50,6 +53,12 @@ def resources(source, architecture, folder):
     return found
 
 
+def instructions(source, architecture):
+    """The names of every kernel's instructions."""
+    sass = disassembled(compiled(source, architecture))
+    return {kernel: [each.name for each in found] for kernel, found in parse_sass(sass).items()}
+
+
 @pytest.mark.parametrize("cfg", [*CONFIGS[::4], *HALF[::4]], ids=config_id)
 def test_every_operator_has_a_schedule(cfg):
     for name in functions(cuda()):
@@ -77,3 +86,25 @@ def test_machine_code_spills_nothing(cfg, tmp_path):
             what = f"{name} on {architecture}"
             assert spilled == 0, what
             assert shared <= SHARED_BYTES, what
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.skipif(not all(map(find_program, PROGRAMS)), reason="needs cuobjdump and nvdisasm")
+@pytest.mark.parametrize("cfg", [FEW[0], HALF[0]], ids=config_id)
+def test_what_is_loaded_before_earlier_kernels_have_ended(cfg):
+    """Nothing, but by `combine_window`, what `append` wrote, which is in the second-level cache."""
+    kernels = instructions(source_of(cfg.kernel_key()), "sm_90")
+    assert len(kernels) == len(functions(cuda()))
+    for kernel, names in kernels.items():
+        waits = [at for at, name in enumerate(names) if name == WAIT]
+        assert len(waits) == 1, kernel
+        accesses = [
+            name for name in names[: waits[0]] if name.startswith(("LD", "ST", "RED", "ATOM"))
+        ]
+        early = [name for name in accesses if not name.startswith(("LDC", "LDS", "STS"))]
+        if kernel == "combine_window_kernel":
+            assert early and all(name.startswith("LDG") and "STRONG.GPU" in name for name in early)
+        else:
+            assert not early, kernel
+        assert (RELEASE in names) == (kernel == "attend_kernel" or kernel == "extend_attend_kernel")
