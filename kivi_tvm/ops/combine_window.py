@@ -14,13 +14,20 @@ import math
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import LENGTH, PACKED_VALUES, split_tokens
+from kivi_tvm.layout import DTYPE_BYTES, LENGTH, PACKED_VALUES, split_tokens
 from kivi_tvm.ops.online_softmax import LOG2_E, merge_blocks, softmax_blocks, start_blocks
 
-CHUNK_TOKENS = 128  # of the window, whose keys and values are held at once
+CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
+MAX_CHUNK_TOKENS = 128
 CHUNK_PARTS = 32  # partial results
 # A chunk is summed in so many sums of every so many-th, which are summed in the end.
 TOKEN_SUMS, PART_SUMS = 16, 8
+
+
+def chunk_tokens(key: KernelKey) -> int:
+    """Tokens of a chunk, a power of two."""
+    most = CHUNK_BYTES // (key.head_dim * DTYPE_BYTES[key.dtype])
+    return min(MAX_CHUNK_TOKENS, 1 << (most.bit_length() - 1))
 
 
 def combine_window(key: KernelKey):
@@ -35,7 +42,7 @@ def combine_window(key: KernelKey):
         Rows with slot -1 give out 0 and lse -inf.
     """
     D, M, dtype = key.head_dim, key.queries_per_kv, key.dtype
-    C, X_C, SUMS, X_SUMS = CHUNK_TOKENS, CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
+    C, X_C, SUMS, X_SUMS = chunk_tokens(key), CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
     start, softmax = start_blocks(1, D), softmax_blocks(1, C)
     merge, merge_parts = merge_blocks(1, D), merge_blocks(1, D, "_parts")
 
