@@ -1,0 +1,235 @@
+"""Measure decoding with Llama-shaped models on an NVIDIA GPU: KIVI against 16-bit caches.
+
+    python tools/gpu_decode.py docs/gpu-decode-h100.jsonl --commit $(git rev-parse --short HEAD)
+
+Needs torch with CUDA, transformers, nvcc and no network. Weights and cached tokens are random.
+Every cache gets as many sequences as fit in the same memory at their full length; the bytes of a
+sequence are those that the filled cache holds. A step is the whole model: embedding, all layers, logits and
+the most likely token, replayed as one CUDA graph. The peers keep bfloat16 keys and values, in
+buffers of exactly the length with the new token written in place ("exact"), or joined anew in every
+step, as transformers' `DynamicCache` does ("concatenated"); both attend by the fastest of PyTorch's
+backends. Steps are timed where no key block
+is due, which is so in all but one of R steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_check import BACKENDS, TOLERANCE, driver, graph_us
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from kivi_tvm import KiviConfig, build
+from kivi_tvm.host import installed_version
+from kivi_tvm.runtime.cache import Cache
+from kivi_tvm.tune.measure import relative_l2
+
+SHAPES = {
+    "Llama-3-8B": {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256},
+    "Llama-2-7B": {"num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000},
+}
+# The paper's prompt of 161 and output of 338 tokens (section 4.3), and long contexts.
+SETTINGS = ((161 + 338, 161 + 338 // 2, 8 << 30), (32768, 32744, 32 << 30))
+WINDOWS = (128, 32)  # residual lengths
+DTYPE, D = torch.bfloat16, 128
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One model and length, and the memory of its cache."""
+
+    model: str
+    full_tokens: int  # of a sequence at its end, for which there must be memory
+    tokens: int  # where a step is timed
+    memory_bytes: int
+
+
+def new_model(shape: str) -> LlamaForCausalLM:
+    """A model with random weights on the GPU."""
+    config = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=131072, **SHAPES[shape],
+    )  # fmt: skip
+    torch.set_default_dtype(DTYPE)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def next_tokens(model: LlamaForCausalLM, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
+    """The most likely next token of every sequence; `ids`, `position [B, 1]`."""
+    x = model.model.embed_tokens(ids)
+    angles = model.model.rotary_emb(x, position)
+    for i, layer in enumerate(model.model.layers):
+        y, own = layer.input_layernorm(x), layer.self_attn
+        q, k, v = (
+            proj(y).unflatten(-1, (-1, D)).transpose(1, 2)
+            for proj in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *angles)
+        x = x + own.o_proj(attend(i, q, k, v).flatten(1)[:, None])
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    logits: Tensor = model.lm_head(model.model.norm(x))
+    return logits.argmax(-1)
+
+
+def drawn(*shape: int) -> Tensor:
+    """Normal numbers on the GPU."""
+    return torch.randn(*shape, dtype=DTYPE, device="cuda")
+
+
+def filled(config: KiviConfig, layers: int, batch: int, tokens: int) -> Cache:
+    """A cache with random tokens in every layer."""
+    cache = build(config, "cuda").new_cache(num_layers=layers, batch_size=batch, device="cuda")
+    cache.begin(tokens)
+    for i in range(layers):
+        shape = batch, config.H_kv, tokens, D
+        cache.layer(i).prefill(drawn(*shape), drawn(*shape))
+    return cache
+
+
+def row_bytes(config: KiviConfig, layers: int, tokens: int) -> int:
+    """Bytes of one sequence, of a filled cache's own account of a layer."""
+    few = 4
+    return filled(config, 1, few, tokens).nbytes["total"] * layers // few
+
+
+def attention_error(cache: Cache, config: KiviConfig, batch: int) -> float:
+    """Relative L2 error of one layer's step against float64 attention on what it stored."""
+    q, k, v = drawn(batch, config.H, D), drawn(batch, config.H_kv, D), drawn(batch, config.H_kv, D)
+    cache.begin(1)
+    out: Any = cache.layer(0).decode(q, k, v)
+    keys, values = (x[:1].double() for x in cache.layer(0).dequantize())
+    grouped = config.H != config.H_kv
+    want = scaled_dot_product_attention(q[:1, :, None].double(), keys, values, enable_gqa=grouped)
+    return relative_l2(out[:1].double(), want[:, :, 0])
+
+
+def fastest_attention(kv_heads: int, batch: int, tokens: int) -> Any:
+    """The backend that attends fastest to such a cache, query heads of a KV head as rows."""
+    q, k, v = drawn(batch, kv_heads, 32 // kv_heads, D), *drawn(2, batch, kv_heads, tokens, D)
+    found = []
+    for backend in BACKENDS:
+        with suppress(RuntimeError), sdpa_kernel(backend):  # one may not take it
+            found.append((graph_us(lambda: scaled_dot_product_attention(q, k, v), 1), backend))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def peer(setting: Setting, kv_heads: int, layers: int, batch: int, joined: bool) -> Attend:
+    """Attention to 16-bit caches; `joined`: made anew with the new token in every step."""
+    tokens = setting.tokens
+    kept = tokens - 1 if joined else tokens
+    caches = [drawn(2, batch, kv_heads, kept, D) for _ in range(layers)]
+    backend = fastest_attention(kv_heads, batch, tokens)
+
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = caches[i]
+        if joined:
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        else:
+            keys[:, :, -1:], values[:, :, -1:] = k, v
+        rows = q.reshape(batch, kv_heads, -1, D)
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(rows, keys, values)
+
+    return attend
+
+
+def step_ms(
+    model: LlamaForCausalLM, attend: Attend, batch: int, before: Callable[[], object]
+) -> float:
+    """Time of a step."""
+    ids = torch.randint(0, 1000, (batch, 1), device="cuda")
+    position = torch.full_like(ids, 1000)
+
+    def step() -> None:
+        before()
+        next_tokens(model, ids, position, attend)
+
+    return graph_us(step, 1) / 1e3
+
+
+def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, Any]]:
+    """Batch, time of a step and tokens per second, of every cache."""
+    layers, kv_heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+
+    def result(name: str, row: int, attend: Attend, before: Any = lambda: None) -> dict[str, Any]:
+        batch = setting.memory_bytes // row
+        time = step_ms(model, attend, batch, before)
+        return {
+            "cache": name, "batch": batch, "row_bytes": row,
+            "step_ms": round(time, 3), "tokens_per_s": round(batch / time * 1e3, 1),
+        }  # fmt: skip
+
+    row = 4 * D * kv_heads * layers * setting.full_tokens
+    for name, joined in (("exact", False), ("concatenated", True)):
+        attend = peer(setting, kv_heads, layers, setting.memory_bytes // row, joined)
+        yield result(f"bfloat16, {name}", row, attend)
+        del attend
+        torch.cuda.empty_cache()
+    for window in WINDOWS:
+        config = KiviConfig(D, 32, kv_heads, residual_length=window, dtype="bfloat16")
+        row = row_bytes(config, layers, setting.full_tokens)
+        batch = setting.memory_bytes // row
+        cache = filled(config, 1, batch, setting.tokens)
+        if (error := attention_error(cache, config, batch)) > TOLERANCE:
+            raise SystemExit(f"the error of attention must be at most {TOLERANCE}, got {error}")
+        cache = filled(config, layers, batch, setting.tokens)
+
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache = cache) -> Tensor:
+            found: Tensor = cache.layer(i).decode(q[:, :, 0], k[:, :, 0], v[:, :, 0])
+            return found
+
+        before = lambda cache=cache: cache.begin(1)  # noqa: E731
+        yield result(f"KIVI, 2 bits, G=32, R={window}", row, attend, before) | {"error": error}
+        del cache, attend, before
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Write one line per cache."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="JSONL file to write")
+    parser.add_argument("--commit", required=True, help="what is measured")
+    args = parser.parse_args()
+    names = "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch", "transformers"
+    environment = {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+        "versions": {name: installed_version(name) for name in names},
+        "commit": args.commit,
+    }
+    with args.output.open("w", encoding="utf-8") as file, torch.no_grad():
+        for shape in SHAPES:
+            model = new_model(shape)
+            for full, tokens, memory in SETTINGS:
+                setting = Setting(shape, full, tokens, memory)
+                peer_rate = None
+                for found in measured(model, setting):
+                    peer_rate = peer_rate or found["tokens_per_s"]
+                    record = asdict(setting) | found
+                    record["throughput_ratio"] = round(found["tokens_per_s"] / peer_rate, 3)
+                    print(json.dumps(record), flush=True)
+                    print(json.dumps(record | environment), file=file, flush=True)
+            del model
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
