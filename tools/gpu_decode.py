@@ -4,12 +4,12 @@
 
 Needs torch with CUDA, transformers, nvcc and no network. Weights and cached tokens are random.
 Every cache gets as many sequences as fit in the same memory at their full length; the bytes of a
-sequence are those that the filled cache holds. A step is the whole model: embedding, all layers, logits and
-the most likely token, replayed as one CUDA graph. The peers keep bfloat16 keys and values, in
-buffers of exactly the length with the new token written in place ("exact"), or joined anew in every
-step, as transformers' `DynamicCache` does ("concatenated"); both attend by the fastest of PyTorch's
-backends. Steps are timed where no key block
-is due, which is so in all but one of R steps.
+sequence are those that the filled cache holds. A step is the whole model: embedding, all layers,
+logits and the most likely token, replayed as one CUDA graph. The peers keep bfloat16 keys and
+values, in buffers of exactly the length with the new token written in place ("exact"), or joined
+anew in every step, as transformers' `DynamicCache` does ("concatenated"); both attend by the
+fastest of PyTorch's backends. Steps are timed where no key block is due, which is so in all but one
+of R steps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,17 @@ def peer(setting: Setting, kv_heads: int, layers: int, batch: int, joined: bool)
     return attend
 
 
+def attention_of(cache: Cache) -> Attend:
+    """Attention to a cache of ours."""
+
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found: Any = cache.layer(i).decode(q[:, :, 0], k[:, :, 0], v[:, :, 0])
+        out: Tensor = found
+        return out
+
+    return attend
+
+
 def step_ms(
     model: LlamaForCausalLM, attend: Attend, batch: int, before: Callable[[], object]
 ) -> float:
@@ -189,13 +201,11 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
             raise SystemExit(f"the error of attention must be at most {TOLERANCE}, got {error}")
         cache = filled(config, layers, batch, setting.tokens)
 
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache = cache) -> Tensor:
-            found: Tensor = cache.layer(i).decode(q[:, :, 0], k[:, :, 0], v[:, :, 0])
-            return found
-
-        before = lambda cache=cache: cache.begin(1)  # noqa: E731
-        yield result(f"KIVI, 2 bits, G=32, R={window}", row, attend, before) | {"error": error}
-        del cache, attend, before
+        begin = partial(cache.begin, 1)
+        yield result(f"KIVI, 2 bits, G=32, R={window}", row, attention_of(cache), begin) | {
+            "error": error
+        }
+        del cache, begin
         torch.cuda.empty_cache()
 
 
