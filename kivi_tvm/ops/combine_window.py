@@ -15,7 +15,13 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import DTYPE_BYTES, LENGTH, PACKED_VALUES, split_tokens
-from kivi_tvm.ops.online_softmax import LOG2_E, merge_blocks, softmax_blocks, start_blocks
+from kivi_tvm.ops.online_softmax import (
+    LOG2_E,
+    merge_blocks,
+    row_tiles,
+    softmax_blocks,
+    start_blocks,
+)
 
 CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
 MAX_CHUNK_TOKENS = 128
@@ -30,8 +36,14 @@ def chunk_tokens(key: KernelKey) -> int:
     return min(MAX_CHUNK_TOKENS, 1 << (most.bit_length() - 1))
 
 
-def combine_window(key: KernelKey):
+def combine_window(key: KernelKey, row_tile: int | None = None):
     """The output and log-sum-exp of every row from its window and its splits' partial results.
+
+    Parameters
+    ----------
+    key : KernelKey
+    row_tile : int, optional
+        Query heads that are computed together, of those that share a KV head; default all.
 
     Returns
     -------
@@ -41,10 +53,11 @@ def combine_window(key: KernelKey):
         row's first entries are read, one per part of `split` packed tokens (`layout.split_tokens`).
         Rows with slot -1 give out 0 and lse -inf.
     """
-    D, M, dtype = key.head_dim, key.queries_per_kv, key.dtype
+    D, dtype, tiles = key.head_dim, key.dtype, row_tiles(key, row_tile)
+    M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     C, X_C, SUMS, X_SUMS = chunk_tokens(key), CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
-    start, softmax = start_blocks(1, D), softmax_blocks(1, C)
-    merge, merge_parts = merge_blocks(1, D), merge_blocks(1, D, "_parts")
+    start, softmax = start_blocks(M, D), softmax_blocks(M, C)
+    merge, merge_parts = merge_blocks(M, D), merge_blocks(M, D, "_parts")
 
     def slot_of(oldest, count, token, ring):
         """Where a token of the window is in the ring; the last one where there is none."""
@@ -72,39 +85,40 @@ def combine_window(key: KernelKey):
         v_ring = T.match_buffer(v_ring_handle, (S, H_kv, ring, D), dtype)
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
-        q = T.match_buffer(q_handle, (B, H_kv * M, D), dtype, strides=(q_row, q_head, 1))
-        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * M, X, D), "float32")
-        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * M, X, 2), "float32")
-        out = T.match_buffer(out_handle, (B, H_kv * M, D), dtype, strides=(out_row, out_head, 1))
-        lse = T.match_buffer(lse_handle, (B, H_kv * M), "float32")
-        for b, h in T.grid(B, H_kv * M):
+        q = T.match_buffer(q_handle, (B, H_kv * ROWS, D), dtype, strides=(q_row, q_head, 1))
+        part_acc = T.match_buffer(part_acc_handle, (B, H_kv * ROWS, X, D), "float32")
+        part_stat = T.match_buffer(part_stat_handle, (B, H_kv * ROWS, X, 2), "float32")
+        out = T.match_buffer(out_handle, (B, H_kv * ROWS, D), dtype, strides=(out_row, out_head, 1))
+        lse = T.match_buffer(lse_handle, (B, H_kv * ROWS), "float32")
+        for b, h in T.grid(B, H_kv * TILES):
             with T.sblock("head"):
                 vb, vh = T.axis.remap("SS", [b, h])
-                kv = T.meta_var(vh // M)
+                kv = T.meta_var(tiles.head(vh))
+                first = T.meta_var(tiles.start(vh))
                 T.reads(
                     k_ring[0:S, kv, 0:ring, 0:D],
                     v_ring[0:S, kv, 0:ring, 0:D],
                     state[0:S, 0:4],
                     slots[vb],
-                    q[vb, vh, 0:D],
-                    part_acc[vb, vh, 0:X, 0:D],
-                    part_stat[vb, vh, 0:X, 0:2],
+                    q[vb, first : first + M, 0:D],
+                    part_acc[vb, first : first + M, 0:X, 0:D],
+                    part_stat[vb, first : first + M, 0:X, 0:2],
                 )
-                T.writes(out[vb, vh, 0:D], lse[vb, vh])
+                T.writes(out[vb, first : first + M, 0:D], lse[vb, first : first + M])
                 slot = T.sblock_alloc_buffer((1,), "int32")
                 oldest = T.sblock_alloc_buffer((1,), "int32")
                 count = T.sblock_alloc_buffer((1,), "int32")  # tokens of the window
                 entries = T.sblock_alloc_buffer((1,), "int32")
-                q_scaled = T.sblock_alloc_buffer((1, D), "float32")
-                run_max = T.sblock_alloc_buffer((1,), "float32")
-                run_sum = T.sblock_alloc_buffer((1,), "float32")
-                run_acc = T.sblock_alloc_buffer((1, D), "float32")
-                chunk_max = T.sblock_alloc_buffer((1,), "float32")
-                chunk_sum = T.sblock_alloc_buffer((1,), "float32")
-                chunk_acc = T.sblock_alloc_buffer((1, D), "float32")
-                part_max = T.sblock_alloc_buffer((1,), "float32")
-                part_sum = T.sblock_alloc_buffer((1,), "float32")
-                parts_acc = T.sblock_alloc_buffer((1, D), "float32")
+                q_scaled = T.sblock_alloc_buffer((M, D), "float32")
+                run_max = T.sblock_alloc_buffer((M,), "float32")
+                run_sum = T.sblock_alloc_buffer((M,), "float32")
+                run_acc = T.sblock_alloc_buffer((M, D), "float32")
+                chunk_max = T.sblock_alloc_buffer((M,), "float32")
+                chunk_sum = T.sblock_alloc_buffer((M,), "float32")
+                chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                part_max = T.sblock_alloc_buffer((M,), "float32")
+                part_sum = T.sblock_alloc_buffer((M,), "float32")
+                parts_acc = T.sblock_alloc_buffer((M, D), "float32")
                 with T.sblock("slot"):
                     slot[0] = T.max(slots[vb], 0)
                 with T.sblock("oldest"):
@@ -120,10 +134,10 @@ def combine_window(key: KernelKey):
                         T.ceildiv(packed, split_tokens(key, packed, split, T.Select)),
                         0,
                     )
-                for m, d in T.grid(1, D):
+                for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        q_scaled[vm, vd] = T.Cast("float32", q[vb, vh, vd]) * (
+                        q_scaled[vm, vd] = T.Cast("float32", q[vb, first + vm, vd]) * (
                             scale * T.float32(LOG2_E)
                         )
                 start(run_max, run_sum, run_acc)
@@ -136,16 +150,16 @@ def combine_window(key: KernelKey):
                             slot[0],
                             oldest[0],
                             count[0],
-                            q_scaled[0, 0:D],
+                            q_scaled[0:M, 0:D],
                         )
-                        T.writes(chunk_max[0], chunk_sum[0], chunk_acc[0, 0:D])
+                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
                         k_near = T.sblock_alloc_buffer((C, D), dtype)
                         v_near = T.sblock_alloc_buffer((SUMS, C // SUMS, D), dtype)
-                        dot = T.sblock_alloc_buffer((1, C), "float32")
-                        score = T.sblock_alloc_buffer((1, C), "float32")
-                        prob = T.sblock_alloc_buffer((1, C), "float32")
-                        mass = T.sblock_alloc_buffer((1, C), "float32")
-                        acc = T.sblock_alloc_buffer((SUMS, D), "float32")
+                        dot = T.sblock_alloc_buffer((M, C), "float32")
+                        score = T.sblock_alloc_buffer((M, C), "float32")
+                        prob = T.sblock_alloc_buffer((M, C), "float32")
+                        mass = T.sblock_alloc_buffer((M, C), "float32")
+                        acc = T.sblock_alloc_buffer((SUMS, M, D), "float32")
                         for t, d in T.grid(C, D):
                             with T.sblock("k_near"):
                                 vt, vd = T.axis.remap("SS", [t, d])
@@ -157,45 +171,45 @@ def combine_window(key: KernelKey):
                                 token = T.meta_var(vc * C + vj * SUMS + vs)
                                 at = T.meta_var(slot_of(oldest[0], count[0], token, ring))
                                 v_near[vs, vj, vd] = v_ring[slot[0], kv, at, vd]
-                        for m, t, d in T.grid(1, C, D):
+                        for m, t, d in T.grid(M, C, D):
                             with T.sblock("dot"):
                                 vm, vt, vd = T.axis.remap("SSR", [m, t, d])
                                 with T.init():
                                     dot[vm, vt] = T.float32(0)
                                 dot[vm, vt] += q_scaled[vm, vd] * T.Cast("float32", k_near[vt, vd])
-                        for m, t in T.grid(1, C):
+                        for m, t in T.grid(M, C):
                             with T.sblock("score"):
                                 vm, vt = T.axis.remap("SS", [m, t])
                                 score[vm, vt] = T.Select(
                                     vc * C + vt < count[0], dot[vm, vt], T.min_value("float32")
                                 )
                         softmax(score, chunk_max, prob, chunk_sum)
-                        for m, t in T.grid(1, C):
+                        for m, t in T.grid(M, C):
                             with T.sblock("mass"):
                                 vm, vt = T.axis.remap("SS", [m, t])
                                 mass[vm, vt] = T.Select(
                                     vc * C + vt < count[0], prob[vm, vt], T.float32(0)
                                 )
-                        for s, d, j in T.grid(SUMS, D, C // SUMS):
+                        for s, m, d, j in T.grid(SUMS, M, D, C // SUMS):
                             with T.sblock("acc"):
-                                vs, vd, vj = T.axis.remap("SSR", [s, d, j])
+                                vs, vm, vd, vj = T.axis.remap("SSSR", [s, m, d, j])
                                 with T.init():
-                                    acc[vs, vd] = T.float32(0)
-                                acc[vs, vd] += mass[0, vj * SUMS + vs] * T.Cast(
+                                    acc[vs, vm, vd] = T.float32(0)
+                                acc[vs, vm, vd] += mass[vm, vj * SUMS + vs] * T.Cast(
                                     "float32", v_near[vs, vj, vd]
                                 )
-                        for m, d, s in T.grid(1, D, SUMS):
+                        for m, d, s in T.grid(M, D, SUMS):
                             with T.sblock("chunk_acc"):
                                 vm, vd, vs = T.axis.remap("SSR", [m, d, s])
                                 with T.init():
                                     chunk_acc[vm, vd] = T.float32(0)
-                                chunk_acc[vm, vd] += acc[vs, vd]
+                                chunk_acc[vm, vd] += acc[vs, vm, vd]
                     with T.sblock("merge"):
                         T.reads(
-                            run_max[0], run_sum[0], run_acc[0, 0:D],
-                            chunk_max[0], chunk_sum[0], chunk_acc[0, 0:D],
+                            run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D],
+                            chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D],
                         )  # fmt: skip
-                        T.writes(run_max[0], run_sum[0], run_acc[0, 0:D])
+                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
                 # Nothing before this reads what `attend` writes. As mathematics it is nothing.
                 attended = T.sblock_alloc_buffer((1,), "uint32")
@@ -206,34 +220,38 @@ def combine_window(key: KernelKey):
                 for c in T.serial(T.ceildiv(entries[0], X_C)):
                     with T.sblock("parts"):
                         vc = T.axis.opaque(T.ceildiv(X, X_C), c)
-                        T.reads(part_acc[vb, vh, 0:X, 0:D], part_stat[vb, vh, 0:X, 0:2], entries[0])
-                        T.writes(part_max[0], part_sum[0], parts_acc[0, 0:D])
-                        level = T.sblock_alloc_buffer((1, X_C), "float32")
-                        weight = T.sblock_alloc_buffer((1, X_C), "float32")
-                        part_near = T.sblock_alloc_buffer((X_SUMS, X_C // X_SUMS, D), "float32")
-                        parts = T.sblock_alloc_buffer((X_SUMS, D), "float32")
-                        for s, j, d in T.grid(X_SUMS, X_C // X_SUMS, D):
+                        T.reads(
+                            part_acc[vb, first : first + M, 0:X, 0:D],
+                            part_stat[vb, first : first + M, 0:X, 0:2],
+                            entries[0],
+                        )
+                        T.writes(part_max[0:M], part_sum[0:M], parts_acc[0:M, 0:D])
+                        level = T.sblock_alloc_buffer((M, X_C), "float32")
+                        weight = T.sblock_alloc_buffer((M, X_C), "float32")
+                        part_near = T.sblock_alloc_buffer((X_SUMS, M, X_C // X_SUMS, D), "float32")
+                        parts = T.sblock_alloc_buffer((X_SUMS, M, D), "float32")
+                        for s, m, j, d in T.grid(X_SUMS, M, X_C // X_SUMS, D):
                             with T.sblock("part_near"):
-                                vs, vj, vd = T.axis.remap("SSS", [s, j, d])
+                                vs, vm, vj, vd = T.axis.remap("SSSS", [s, m, j, d])
                                 entry = T.meta_var(vc * X_C + vj * X_SUMS + vs)
-                                part_near[vs, vj, vd] = part_acc[
-                                    vb, vh, T.min(entry, entries[0] - 1), vd
+                                part_near[vs, vm, vj, vd] = part_acc[
+                                    vb, first + vm, T.min(entry, entries[0] - 1), vd
                                 ]
-                        for m, x in T.grid(1, X_C):
+                        for m, x in T.grid(M, X_C):
                             with T.sblock("level"):
                                 vm, vx = T.axis.remap("SS", [m, x])
                                 level[vm, vx] = T.if_then_else(
                                     vc * X_C + vx < entries[0],
-                                    part_stat[vb, vh, vc * X_C + vx, 0],
+                                    part_stat[vb, first + vm, vc * X_C + vx, 0],
                                     T.min_value("float32"),
                                 )
-                        for m, x in T.grid(1, X_C):
+                        for m, x in T.grid(M, X_C):
                             with T.sblock("part_max"):
                                 vm, vx = T.axis.remap("SR", [m, x])
                                 with T.init():
                                     part_max[vm] = T.min_value("float32")
                                 part_max[vm] = T.max(part_max[vm], level[vm, vx])
-                        for m, x in T.grid(1, X_C):
+                        for m, x in T.grid(M, X_C):
                             with T.sblock("weight"):
                                 vm, vx = T.axis.remap("SS", [m, x])
                                 weight[vm, vx] = T.Select(
@@ -241,38 +259,42 @@ def combine_window(key: KernelKey):
                                     T.exp2(level[vm, vx] - part_max[vm]),
                                     T.float32(0),
                                 )
-                        for m, x in T.grid(1, X_C):
+                        for m, x in T.grid(M, X_C):
                             with T.sblock("part_sum"):
                                 vm, vx = T.axis.remap("SR", [m, x])
                                 with T.init():
                                     part_sum[vm] = T.float32(0)
                                 part_sum[vm] += (
                                     weight[vm, vx]
-                                    * part_stat[vb, vh, T.min(vc * X_C + vx, entries[0] - 1), 1]
+                                    * part_stat[
+                                        vb, first + vm, T.min(vc * X_C + vx, entries[0] - 1), 1
+                                    ]
                                 )
-                        for s, d, j in T.grid(X_SUMS, D, X_C // X_SUMS):
+                        for s, m, d, j in T.grid(X_SUMS, M, D, X_C // X_SUMS):
                             with T.sblock("parts_of"):
-                                vs, vd, vj = T.axis.remap("SSR", [s, d, j])
+                                vs, vm, vd, vj = T.axis.remap("SSSR", [s, m, d, j])
                                 with T.init():
-                                    parts[vs, vd] = T.float32(0)
-                                parts[vs, vd] += weight[0, vj * X_SUMS + vs] * part_near[vs, vj, vd]
-                        for m, d, s in T.grid(1, D, X_SUMS):
+                                    parts[vs, vm, vd] = T.float32(0)
+                                parts[vs, vm, vd] += (
+                                    weight[vm, vj * X_SUMS + vs] * part_near[vs, vm, vj, vd]
+                                )
+                        for m, d, s in T.grid(M, D, X_SUMS):
                             with T.sblock("parts_acc"):
                                 vm, vd, vs = T.axis.remap("SSR", [m, d, s])
                                 with T.init():
                                     parts_acc[vm, vd] = T.float32(0)
-                                parts_acc[vm, vd] += parts[vs, vd]
+                                parts_acc[vm, vd] += parts[vs, vm, vd]
                     with T.sblock("merge_parts"):
                         T.reads(
-                            run_max[0], run_sum[0], run_acc[0, 0:D],
-                            part_max[0], part_sum[0], parts_acc[0, 0:D],
+                            run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D],
+                            part_max[0:M], part_sum[0:M], parts_acc[0:M, 0:D],
                         )  # fmt: skip
-                        T.writes(run_max[0], run_sum[0], run_acc[0, 0:D])
+                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
                         merge_parts(run_max, run_sum, run_acc, part_max, part_sum, parts_acc)
-                for m, d in T.grid(1, D):
+                for m, d in T.grid(M, D):
                     with T.sblock("out"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        out[vb, vh, vd] = T.Cast(
+                        out[vb, first + vm, vd] = T.Cast(
                             dtype,
                             T.Select(
                                 run_sum[vm] == T.float32(0),
@@ -280,9 +302,11 @@ def combine_window(key: KernelKey):
                                 run_acc[vm, vd] / run_sum[vm],
                             ),
                         )
-                for m in range(1):
+                for m in range(M):
                     with T.sblock("lse"):
-                        vm = T.axis.spatial(1, m)
-                        lse[vb, vh] = (run_max[vm] + T.log2(run_sum[vm])) * T.float32(math.log(2))
+                        vm = T.axis.spatial(M, m)
+                        lse[vb, first + vm] = (run_max[vm] + T.log2(run_sum[vm])) * T.float32(
+                            math.log(2)
+                        )
 
     return combine_window

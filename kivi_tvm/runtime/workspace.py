@@ -50,7 +50,7 @@ class Workspace:
         self.work: object | None = None
         # On a GPU never without any: what follows `attend` begins before it ends, and must know
         # that everything before it has ended (`schedules/gpu/combine_window.py`).
-        self._allocate(0 if self._listed else layout.SHORT_SPLITS)
+        self._allocate(0 if self._listed else 1)
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +80,10 @@ class Workspace:
         """Tokens that every row can take before the work list changes."""
         R, split = self._cfg.R, self.split
         if not self._listed:
-            return min((R + self.capacity * split - length for length in lengths), default=0)
+            # shorter rows have shorter parts, so that none has more than `SHORT_SPLITS` of those
+            short = self.capacity < layout.SHORT_SPLITS
+            part = layout.split_tokens(self._key, 0, split) if short else split
+            return min((R + self.capacity * part - length for length in lengths), default=0)
         packed = (layout.packed_values(self._cfg, length) for length in lengths)
         rows = zip(packed, lengths, strict=True)
         steps = (-tokens % split if tokens else R - length for tokens, length in rows)

@@ -1,4 +1,4 @@
-"""`combine_window` in threads: one work-group per row and query head."""
+"""`combine_window` in threads: one work-group per row and tile of query heads of a KV head."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.ops.combine_window import CHUNK_PARTS, PART_SUMS, TOKEN_SUMS, chunk_tokens
+from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.primitives import extent_of, largest_divisor
 from kivi_tvm.schedules.threads import (
@@ -33,11 +35,29 @@ ELEMENTWISE = (
     "out", "lse",
 )  # fmt: skip
 THREADS, LANES = 256, 8
+ROW_TILES, DEFAULT_ROWS = (1, 2, 4), 2
 WORD_BYTES = 4
 BEGINNING = "later"  # the window was written before `attend`, which may still be running
 REDUCED = "max", "sum", "part_max", "part_sum"
 # What is summed over tokens or partial results, the loads of it, and the sum of those sums.
 SUMS = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
+
+
+def offers(key: KernelKey, hardware: Hardware) -> Offers:
+    """Rows of a tile share what is loaded of the window: two, where there is room for their sums.
+
+    With more of them a single row of a batch would wait longer.
+    """
+    fits = [n for n in ROW_TILES if shared_bytes(key, n) <= hardware.shared_bytes]
+    options = sorted({min(n, key.rows) for n in fits})
+    return {"row_tile": (options, min(DEFAULT_ROWS, options[-1]))}
+
+
+def shared_bytes(key: KernelKey, rows: int) -> int:
+    """Shared memory of a work-group: sums of lanes and of threads, and their results."""
+    sums = LANES * chunk_tokens(key) + (TOKEN_SUMS + PART_SUMS) * key.head_dim
+    results = 8 * key.head_dim + 4 * chunk_tokens(key) + 4 * CHUNK_PARTS + THREADS
+    return 4 * rows * (sums + results)
 
 
 def min_blocks(key: KernelKey) -> int:
@@ -109,24 +129,24 @@ def sum_by_threads(
 ) -> None:
     """Give neighbouring channels of one sum to a thread; loads of 16 bytes first, all of them."""
     width = wide(sch, loads)
-    part, each, channel = sch.get_loops(loads)
+    part, *inner, channel = sch.get_loops(loads)
     vectors = extent_of(sch, channel) // width
     at_once = largest_divisor(vectors, group.threads // extent_of(sch, part))
     # 1. what is summed, in registers
     channel, turn, vector = sch.split(channel, [at_once, None, width])
-    sch.reorder(part, channel, each, turn, vector)
+    sch.reorder(part, channel, *inner, turn, vector)
     bind_threads(sch, sch.fuse(part, channel), group)
     sch.vectorize(vector)
-    unroll(sch, [each, turn])
+    unroll(sch, [*inner, turn])
     sch.set_scope(loads, 0, "local")
     # 2. the sums, to shared memory
     result = sch.cache_write(block, 0, "local")
-    part, channel, each = sch.get_loops(block)
+    part, row, channel, each = sch.get_loops(block)
     channel, neighbour = sch.split(channel, [at_once, None])
-    sch.reorder(part, channel, each, neighbour)
+    sch.reorder(part, channel, row, each, neighbour)
     thread = bind_threads(sch, sch.fuse(part, channel), group)
     sch.reverse_compute_at(result, thread)
-    unroll(sch, [each, neighbour])
+    unroll(sch, [row, each, neighbour])
     sch.decompose_reduction(block, each)
     # 3. their sum, a channel per thread
     over_spatial(sch, total, group)
