@@ -1,5 +1,6 @@
 """What a GPU measured: every line is complete, and the README says what the lines say."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -7,12 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILE = ROOT / "docs" / "gpu-h100.jsonl"
+STEPS, MODELS = (ROOT / "docs" / name for name in ("gpu-h100.jsonl", "gpu-decode-h100.jsonl"))
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def records():
-    return [json.loads(line) for line in FILE.read_text().splitlines()]
+    return read(STEPS)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return read(MODELS)
 
 
 def test_every_result_was_right_and_says_where_it_is_from(records):
@@ -25,7 +35,30 @@ def test_every_result_was_right_and_says_where_it_is_from(records):
         assert record["speedup"] == pytest.approx(record["peer_us"] / record["step_us"], rel=2e-3)
 
 
-def test_the_readme_says_the_same(records):
+def test_models_at_equal_memory_say_how_they_compare(models):
+    for record in models:
+        assert record["commit"] and record["device"] and record["versions"]["torch"]
+        assert record["batch"] == record["memory_bytes"] // record["row_bytes"]
+        rate = record["batch"] / record["step_ms"] * 1e3
+        assert record["tokens_per_s"] == pytest.approx(rate, rel=2e-3)
+        [exact] = (
+            other["tokens_per_s"]
+            for other in models
+            if (other["model"], other["tokens"]) == (record["model"], record["tokens"])
+            and other["cache"] == "bfloat16, exact"
+        )
+        assert record["throughput_ratio"] == pytest.approx(rate / exact, rel=2e-3)
+        assert record.get("error", 0) <= 5e-3
+
+
+def test_the_page_is_made_of_the_data(records, models):
+    spec = importlib.util.spec_from_file_location("gpu_page", ROOT / "tools" / "gpu_page.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (ROOT / "docs" / "gpu.md").read_text() == tool.page(records, models)
+
+
+def test_the_readme_says_the_same(records, models):
     def found(kv_heads, batch, tokens, name):
         [value] = (
             record[name]
@@ -35,10 +68,19 @@ def test_the_readme_says_the_same(records):
         )
         return value
 
+    def ratio(tokens, window):
+        [value] = (
+            each["throughput_ratio"]
+            for each in models
+            if each["full_tokens"] == tokens and each["cache"].endswith(window)
+        )
+        return value
+
     text = " ".join((ROOT / "README.md").read_text().split())
     said = re.search(
         r"packed memory at ([\d.]+) of the bandwidth.*? is ([\d.]+) times faster.*?"
-        r"a step is ([\d.]+) times faster at 128k.*?slower: ([\d.]+) times as fast at 1k",
+        r"a step is ([\d.]+) times faster at 128k.*?slower: ([\d.]+) times as fast at 1k.*?"
+        r"decodes ([\d.]+) times as many .*?, and ([\d.]+) to ([\d.]+) times as many",
         text,
     )
     expected = (
@@ -46,5 +88,8 @@ def test_the_readme_says_the_same(records):
         found(8, 8, 32768, "speedup"),
         found(32, 1, 131072, "speedup"),
         found(8, 1, 1024, "speedup"),
+        ratio(32768, "R=128"),
+        ratio(499, "R=128"),
+        ratio(499, "R=32"),
     )
     assert [float(x) for x in said.groups()] == pytest.approx(expected, rel=0.04)

@@ -15,6 +15,7 @@ of R steps.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -100,6 +101,12 @@ def filled(config: KiviConfig, layers: int, batch: int, tokens: int) -> Cache:
         shape = batch, config.H_kv, tokens, D
         cache.layer(i).prefill(drawn(*shape), drawn(*shape))
     return cache
+
+
+def free() -> None:
+    """Give the memory of what is gone back: a cache and its layers know each other."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def row_bytes(config: KiviConfig, layers: int, tokens: int) -> int:
@@ -191,14 +198,15 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
         attend = peer(setting, kv_heads, layers, setting.memory_bytes // row, joined)
         yield result(f"bfloat16, {name}", row, attend)
         del attend
-        torch.cuda.empty_cache()
+        free()
     for window in WINDOWS:
         config = KiviConfig(D, 32, kv_heads, residual_length=window, dtype="bfloat16")
         row = row_bytes(config, layers, setting.full_tokens)
         batch = setting.memory_bytes // row
-        cache = filled(config, 1, batch, setting.tokens)
-        if (error := attention_error(cache, config, batch)) > TOLERANCE:
+        error = attention_error(filled(config, 1, batch, setting.tokens), config, batch)
+        if error > TOLERANCE:
             raise SystemExit(f"the error of attention must be at most {TOLERANCE}, got {error}")
+        free()
         cache = filled(config, layers, batch, setting.tokens)
 
         begin = partial(cache.begin, 1)
@@ -206,7 +214,7 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
             "error": error
         }
         del cache, begin
-        torch.cuda.empty_cache()
+        free()
 
 
 def main() -> None:
@@ -238,7 +246,7 @@ def main() -> None:
                     print(json.dumps(record), flush=True)
                     print(json.dumps(record | environment), file=file, flush=True)
             del model
-            torch.cuda.empty_cache()
+            free()
 
 
 if __name__ == "__main__":
