@@ -21,6 +21,7 @@ CODE_SOURCES = (
     "compile.py",
     "lowering.py",
     "cuda.py",
+    "occupancy.py",
     "launch.cc",
     "database.py",
     "ops",
