@@ -135,8 +135,10 @@ def _open_cuda(path: Path) -> Any:
     try:
         return _open(path)
     finally:
+        # `import tvm` registers its own, which must not be there yet.
+        tvm_ffi.registry.remove_global_func(COMPILE_CUDA)
         if compiler is not None:
-            tvm_ffi.register_global_func(COMPILE_CUDA, compiler, override=True)
+            tvm_ffi.register_global_func(COMPILE_CUDA, compiler)
 
 
 def run_on_torch_threads(path: Path) -> bool:

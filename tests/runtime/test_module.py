@@ -13,8 +13,6 @@ from configurations import FEW, module
 from inputs import draw
 
 from kivi_tvm import KiviConfig, build, load, targets
-from kivi_tvm.cuda import find_nvcc, machine_code_of
-from kivi_tvm.cuda_tools import cuda_images, cuda_source
 from kivi_tvm.errors import UserError
 
 CFG = FEW[0]
@@ -200,22 +198,3 @@ def test_save_after_the_file_was_removed(tmp_path):
     with pytest.raises(UserError, match=r"one\.so, which was removed"):
         loaded.save(tmp_path / "two.so")
     assert not (tmp_path / "two.so").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_build_for_a_gpu_that_is_not_here(tmp_path):
-    cfg = KiviConfig(128, 8, 2)
-    made = build(cfg, {"kind": "cuda", "arch": "sm_90"})
-    path = tmp_path / "kivi.so"
-    made.save(path)
-    loaded = load(path)
-    assert loaded.cfg == cfg and loaded.target["arch"] == "sm_90"
-    assert loaded.manifest["compute"] == "half"
-    code = machine_code_of(cuda_source(path.read_bytes()))
-    assert list(map(len, cuda_images(code))) == [len(code)] and len(code) > 10_000
-    with pytest.raises(UserError, match="finds no NVIDIA driver"):
-        loaded.new_cache(device="cuda")
-    with pytest.raises(UserError, match="cannot open TVM's CUDA runtime"):
-        loaded.library["attend"]
