@@ -10,12 +10,13 @@ from dataclasses import replace
 import configurations
 import pytest
 from configurations import FEW, HALF, config_id
-from emulated_cuda import EmulatedLibrary
+from emulated_cuda import TARGET, EmulatedKernel, EmulatedLibrary
 from inputs import ATTENDED_DATA
 from ops import half_attention, test_attend
 from ops.plain import plain_kernel
 from tolerance import relative_l2
 
+from kivi_tvm.compile import scheduled_function
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.reference.formulas import attention
 
@@ -58,6 +59,17 @@ def test_ragged_rows(cfg):
 def test_cuda_source(cfg, monkeypatch):
     library = EmulatedLibrary(cfg.kernel_key())
     monkeypatch.setattr(test_attend, "kernel", lambda _: library["attend"])
+    check_ragged(cfg)
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("warps", [1, 2])
+def test_cuda_source_for_chips_with_little_shared_memory(warps, monkeypatch):
+    cfg = HALF[0]
+    schedule = scheduled_function("attend", cfg.kernel_key(), TARGET, {"warps": warps})
+    kernel = EmulatedKernel(schedule.mod)
+    monkeypatch.setattr(test_attend, "kernel", lambda _: kernel)
     check_ragged(cfg)
 
 

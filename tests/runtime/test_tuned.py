@@ -52,7 +52,7 @@ def uncompiled(monkeypatch):
     """What would have been compiled; the code generator does not run."""
     given = []
     monkeypatch.setattr(compiling, "FUNCTIONS", SOME)
-    monkeypatch.setattr(compiling, "compile_module", lambda module, _: given.append(module))
+    monkeypatch.setattr(compiling, "compile_module", lambda module, *_, **__: given.append(module))
     return given
 
 
