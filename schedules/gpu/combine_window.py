@@ -7,6 +7,7 @@ from math import gcd
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.combine_window import CHUNK_PARTS, PART_SUMS, TOKEN_SUMS, chunk_tokens
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.early_launch import wait
@@ -29,7 +30,7 @@ ELEMENTWISE = (
     "new_stat_parts", "new_sum_parts", "new_acc_parts", "keep_stat_parts", "keep_acc_parts",
     "out", "lse",
 )  # fmt: skip
-THREADS, LANES = 256, 8
+THREADS, LANES, LOAD_BYTES = 256, 8, 16
 ROW_TILES, DEFAULT_ROWS = (1, 2, 4), 2
 BEGINNING = "later"  # the window was written before `attend`, which may still be running
 REDUCED = "max", "sum", "part_max", "part_sum"
@@ -40,11 +41,18 @@ SUMS = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """Rows of a tile share what is loaded of the window: two, where there is room for their sums.
 
-    With more of them a single row of a batch would wait longer.
+    With more of them a single row of a batch would wait longer. One, where fewer lanes than `LANES`
+    share a token: two would spill registers on sm_80.
     """
     fits = [n for n in ROW_TILES if shared_bytes(key, n) <= hardware.shared_bytes]
     options = sorted({min(n, key.rows) for n in fits})
-    return {"row_tile": (options, min(DEFAULT_ROWS, options[-1]))}
+    default = DEFAULT_ROWS if lanes_of(key.head_dim * DTYPE_BYTES[key.dtype]) == LANES else 1
+    return {"row_tile": (options, min(default, options[-1]))}
+
+
+def lanes_of(token_bytes: int) -> int:
+    """Lanes that share a token, each with loads of 16 bytes."""
+    return gcd(LANES, token_bytes // LOAD_BYTES)
 
 
 def shared_bytes(key: KernelKey, rows: int) -> int:
@@ -63,7 +71,7 @@ def combine_window(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine_window` for work-groups."""
     loads = sch.get_sblock("k_near")
     channels = extent_of(sch, sch.get_loops(loads)[-1])
-    lanes = gcd(LANES, channels // wide(sch, loads))
+    lanes = lanes_of(channels // wide(sch, loads) * LOAD_BYTES)
     group = WorkGroup(THREADS // lanes, lanes)
     for name in SCALARS:
         keep_local(sch, name)
