@@ -12,8 +12,9 @@ from functools import cache
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.fragments import LANES
-from kivi_tvm.ops.staged_tile import ITEM_BYTES, LINE_BYTES
+from kivi_tvm.ops.staged_tile import LINE_BYTES
 from kivi_tvm.schedules.mma import registers
 
 SCOPE = "shared.dyn"  # more than the 48 KiB that kernels have without asking
@@ -42,7 +43,7 @@ __device__ __forceinline__ unsigned kivi_tvm_arrive() {
 @cache
 def copy_line(dtype: str) -> str:
     """The name of the intrinsic that copies `LINE_BYTES` side by side."""
-    name, size = f"kivi_tvm.copy_{dtype}", LINE_BYTES // ITEM_BYTES[dtype]
+    name, size = f"kivi_tvm.copy_{dtype}", LINE_BYTES // DTYPE_BYTES[dtype]
 
     @T.prim_func(s_tir=True)
     def description(source_handle: T.handle, target_handle: T.handle) -> None:

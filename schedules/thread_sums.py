@@ -7,14 +7,14 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
 from kivi_tvm.schedules.primitives import extent_of, largest_divisor
-from kivi_tvm.schedules.threads import WORDS, WorkGroup, bind_threads, over_spatial, unroll
+from kivi_tvm.schedules.threads import WorkGroup, bind_threads, over_spatial, unroll
 
-WORD_BYTES = 4
+LOAD_BYTES = 16  # of a thread at once
 
 
 def wide(sch: Schedule, loads: SBlockRV) -> int:
-    """Elements of 16 bytes of what a block loads."""
-    return WORDS * WORD_BYTES // DataType(sch.get(loads).writes[0].source.dtype).itemsize
+    """Elements of what a block loads that a thread loads at once."""
+    return LOAD_BYTES // DataType(sch.get(loads).writes[0].source.dtype).itemsize
 
 
 def dot_by_lanes(sch: Schedule, block: SBlockRV, loads: SBlockRV, group: WorkGroup) -> None:

@@ -126,7 +126,11 @@ def reduce_by_warps(sch: Schedule, block: SBlockRV, group: WorkGroup) -> None:
 
 def share(sch: Schedule, scope: str = "shared") -> None:
     """Put every buffer inside the kernel that has no scope yet in shared memory."""
-    blocks = _blocks_in(sch, sch.get_sblock("root"))
+    _place(sch, _blocks_in(sch, sch.get_sblock("root")), scope)
+
+
+def _place(sch: Schedule, blocks: Sequence[SBlockRV], scope: str) -> None:
+    """Give a scope to what blocks allocate, where it has none."""
     inside = [buffer for block in blocks for buffer in sch.get(block).alloc_buffers]
     for block in blocks:
         for index, region in enumerate(sch.get(block).writes):
@@ -183,12 +187,7 @@ def keep_in_registers(sch: Schedule, block: SBlockRV) -> None:
 
     The buffers have an axis of lanes, who read each other's elements by shuffles.
     """
-    blocks = [block, *_blocks_in(sch, block)]
-    inside = [buffer for each in blocks for buffer in sch.get(each).alloc_buffers]
-    for each in blocks:
-        for index, region in enumerate(sch.get(each).writes):
-            if region.source.scope() == "global" and any(map(region.source.same_as, inside)):
-                sch.set_scope(each, index, "warp")
+    _place(sch, [block, *_blocks_in(sch, block)], "warp")
 
 
 def by_lane(sch: Schedule, block: SBlockRV, elements: int = 1) -> None:

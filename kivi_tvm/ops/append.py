@@ -21,6 +21,7 @@ from kivi_tvm.layout import LENGTH, key_order, value_order
 from kivi_tvm.ops.quantize import code_at, dequantized
 from kivi_tvm.ops.quantize_key import key_group_blocks
 from kivi_tvm.ops.quantize_value import value_token_blocks
+from kivi_tvm.ops.regions import ALL, regions
 
 
 def append(key: KernelKey):
@@ -81,6 +82,9 @@ def append(key: KernelKey):
         k_exact = T.match_buffer(
             k_exact_handle, (S, H_kv, X, D), dtype, strides=(kept_slot, kept_head, kept_token, 1)
         )
+        outputs = T.meta_var(
+            (k_ring, v_ring, k_exact, k_code, k_scale, k_zero, v_code, v_scale, v_zero)
+        )
         page_table = T.match_buffer(page_table_handle, (S, pages), "int32")
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
@@ -106,17 +110,7 @@ def append(key: KernelKey):
                     state[0:S, 0:4],
                     slots[vb],
                 )
-                T.writes(
-                    k_ring[0:S, vh, 0:ring, 0:D],
-                    v_ring[0:S, vh, 0:ring, 0:D],
-                    k_exact[0:S, vh, 0:X, 0:D],
-                    k_code[0:N, vh, 0 : D // W_k, 0:P],
-                    k_scale[0:N, vh, 0 : P // G_k, 0:D],
-                    k_zero[0:N, vh, 0 : P // G_k, 0:D],
-                    v_code[0:N, vh, 0 : P // W_v, 0:D],
-                    v_scale[0:N, vh, 0 : D // G_v, 0:P],
-                    v_zero[0:N, vh, 0 : D // G_v, 0:P],
-                )
+                T.writes(*regions(outputs, ALL, vh))
                 for i in T.serial(added[vb]):
                     with T.sblock("token"):
                         vi = T.axis.opaque(tokens, i)
@@ -128,17 +122,7 @@ def append(key: KernelKey):
                             state[0:S, 0:4],
                             slots[vb],
                         )
-                        T.writes(
-                            k_ring[0:S, vh, 0:ring, 0:D],
-                            v_ring[0:S, vh, 0:ring, 0:D],
-                            k_exact[0:S, vh, 0:X, 0:D],
-                            k_code[0:N, vh, 0 : D // W_k, 0:P],
-                            k_scale[0:N, vh, 0 : P // G_k, 0:D],
-                            k_zero[0:N, vh, 0 : P // G_k, 0:D],
-                            v_code[0:N, vh, 0 : P // W_v, 0:D],
-                            v_scale[0:N, vh, 0 : D // G_v, 0:P],
-                            v_zero[0:N, vh, 0 : D // G_v, 0:P],
-                        )
+                        T.writes(*regions(outputs, ALL, vh))
                         L = T.meta_var(state[slot, LENGTH] - added[vb] + vi + 1)
                         for leaving in T.serial(T.Select(L > R, 1, 0)):
                             with T.sblock("leave"):

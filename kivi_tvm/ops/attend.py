@@ -27,6 +27,7 @@ from kivi_tvm.ops.online_softmax import (
     store_blocks,
 )
 from kivi_tvm.ops.prefetch import prefetch_block
+from kivi_tvm.ops.regions import ALL, regions
 
 # Blocks that ask for the memory of the next chunk.
 FETCH_KEYS = "fetch_k_code", "fetch_k_scale", "fetch_k_zero"
@@ -125,6 +126,7 @@ def attend(
         v_code = T.match_buffer(v_code_handle, (N, H_kv, P // W_v, D), "uint32")
         v_scale = T.match_buffer(v_scale_handle, (N, H_kv, N_v, P), "float16")
         v_zero = T.match_buffer(v_zero_handle, (N, H_kv, N_v, P), "float16")
+        stored = T.meta_var((k_code, k_scale, k_zero, v_code, v_scale, v_zero))
         page_table = T.match_buffer(page_table_handle, (S, pages), "int32")
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
@@ -142,12 +144,7 @@ def attend(
                 kv = T.meta_var(tiles.head(vh))
                 row = T.meta_var(tiles.start(vh))
                 T.reads(
-                    k_code[0:N, kv, 0 : D // W_k, 0:P],
-                    k_scale[0:N, kv, 0:N_k, 0:D],
-                    k_zero[0:N, kv, 0:N_k, 0:D],
-                    v_code[0:N, kv, 0 : P // W_v, 0:D],
-                    v_scale[0:N, kv, 0:N_v, 0:P],
-                    v_zero[0:N, kv, 0:N_v, 0:P],
+                    *regions(stored, ALL, kv),
                     page_table[0:S, 0:pages],
                     state[0:S, 0:4],
                     slots[0:B],
@@ -169,6 +166,8 @@ def attend(
                 chunk_max = T.sblock_alloc_buffer((M,), "float32")
                 chunk_sum = T.sblock_alloc_buffer((M,), "float32")
                 chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                run = T.meta_var((run_max, run_sum, run_acc))
+                chunk = T.meta_var((chunk_max, chunk_sum, chunk_acc))
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
@@ -180,19 +179,14 @@ def attend(
                     with T.sblock("chunk"):
                         vc = T.axis.opaque(CHUNKS, c)
                         T.reads(
-                            k_code[0:N, kv, 0 : D // W_k, 0:P],
-                            k_scale[0:N, kv, 0:N_k, 0:D],
-                            k_zero[0:N, kv, 0:N_k, 0:D],
-                            v_code[0:N, kv, 0 : P // W_v, 0:D],
-                            v_scale[0:N, kv, 0:N_v, 0:P],
-                            v_zero[0:N, kv, 0:N_v, 0:P],
+                            *regions(stored, ALL, kv),
                             page_table[0:S, 0:pages],
                             state[0:S, 0:4],
                             slots[0:B],
                             work[vi, 0:2],
                             q_scaled[0:M, 0:D],
                         )
-                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
+                        T.writes(*regions(chunk))
                         base = T.meta_var(first + vc * C)
                         page = T.sblock_alloc_buffer((PAGES,), "int32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
@@ -227,15 +221,8 @@ def attend(
                         outputs(prob, v_code, v_scale, v_zero, page, kv, left, chunk_acc)
                     with T.sblock("merge"):
                         vc = T.axis.opaque(CHUNKS, c)
-                        T.reads(
-                            run_max[0:M],
-                            run_sum[0:M],
-                            run_acc[0:M, 0:D],
-                            chunk_max[0:M],
-                            chunk_sum[0:M],
-                            chunk_acc[0:M, 0:D],
-                        )
-                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        T.reads(*regions((*run, *chunk)))
+                        T.writes(*regions(run))
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
                 store(run_max, run_sum, run_acc, part_acc, part_stat, b, row, work[vi, 1])
 

@@ -17,6 +17,7 @@ from kivi_tvm.layout import PACKED_VALUES, split_tokens
 from kivi_tvm.ops.contract_half import output_blocks, score_blocks
 from kivi_tvm.ops.fragments import CODE_UNIT, LANES, QUERIES, TOKENS, HalfTile
 from kivi_tvm.ops.online_softmax import row_tiles
+from kivi_tvm.ops.regions import ALL, regions
 from kivi_tvm.ops.softmax_half import (
     add,
     lift_blocks,
@@ -94,6 +95,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
         v_code = T.match_buffer(v_code_handle, (N, H_kv, P // W_v, D), "uint32")
         v_scale = T.match_buffer(v_scale_handle, (N, H_kv, N_v, P), "float16")
         v_zero = T.match_buffer(v_zero_handle, (N, H_kv, N_v, P), "float16")
+        stored = T.meta_var((k_code, k_scale, k_zero, v_code, v_scale, v_zero))
         page_table = T.match_buffer(page_table_handle, (S, pages), "int32")
         state = T.match_buffer(state_handle, (S, 4), "int32")
         slots = T.match_buffer(slots_handle, (B,), "int32")
@@ -113,12 +115,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                 head = T.meta_var(tiles.head(vh))
                 row = T.meta_var(tiles.start(vh))
                 T.reads(
-                    k_code[0:N, head, 0 : D // W_k, 0:P],
-                    k_scale[0:N, head, 0:N_k, 0:D],
-                    k_zero[0:N, head, 0:N_k, 0:D],
-                    v_code[0:N, head, 0 : P // W_v, 0:D],
-                    v_scale[0:N, head, 0:N_v, 0:P],
-                    v_zero[0:N, head, 0:N_v, 0:P],
+                    *regions(stored, ALL, head),
                     page_table[0:S, 0:pages],
                     state[0:S, 0:4],
                     slots[0:B],
@@ -139,16 +136,14 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                 v_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_CODE), "uint32")
                 v_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_SCALE), "float16")
                 v_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_ZERO), "float16")
+                tile_places = T.meta_var(
+                    (k_code_tile, k_scale_tile, k_zero_tile, v_code_tile, v_scale_tile, v_zero_tile)
+                )
                 for w in range(WARPS):
                     with T.sblock("warp"):
                         vw = T.axis.spatial(WARPS, w)
                         T.reads(
-                            k_code[0:N, head, 0 : D // W_k, 0:P],
-                            k_scale[0:N, head, 0:N_k, 0:D],
-                            k_zero[0:N, head, 0:N_k, 0:D],
-                            v_code[0:N, head, 0 : P // W_v, 0:D],
-                            v_scale[0:N, head, 0:N_v, 0:P],
-                            v_zero[0:N, head, 0:N_v, 0:P],
+                            *regions(stored, ALL, head),
                             page_table[0:S, 0:pages],
                             state[0:S, 0:4],
                             slots[0:B],
@@ -202,30 +197,14 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                         with T.sblock("copy_first"):
                             T.where(turns > 0)
                             T.reads(
-                                k_code[0:N, head, 0 : D // W_k, 0:P],
-                                k_scale[0:N, head, 0:N_k, 0:D],
-                                k_zero[0:N, head, 0:N_k, 0:D],
-                                v_code[0:N, head, 0 : P // W_v, 0:D],
-                                v_scale[0:N, head, 0:N_v, 0:P],
-                                v_zero[0:N, head, 0:N_v, 0:P],
+                                *regions(stored, ALL, head),
                                 first_page[0],
                                 inside[0],
                                 first_tile[0],
                             )
-                            T.writes(
-                                k_code_tile[vw, 0, 0:K_CODE],
-                                k_scale_tile[vw, 0, 0:K_SCALE],
-                                k_zero_tile[vw, 0, 0:K_ZERO],
-                                v_code_tile[vw, 0, 0:V_CODE],
-                                v_scale_tile[vw, 0, 0:V_SCALE],
-                                v_zero_tile[vw, 0, 0:V_ZERO],
-                            )
-                            copy_first(
-                                k_code, k_scale, k_zero, v_code, v_scale, v_zero,
-                                first_page[0], head, (first + vw * TOKENS) % P,
-                                k_code_tile, k_scale_tile, k_zero_tile,
-                                v_code_tile, v_scale_tile, v_zero_tile, vw, 0,
-                            )  # fmt: skip
+                            T.writes(*regions(tile_places, vw, 0))
+                            at = T.meta_var((first + vw * TOKENS) % P)
+                            copy_first(stored, first_page[0], head, at, tile_places, vw, 0)
                         with T.sblock("second_page"):
                             T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
                             T.writes(next_page[0])
@@ -240,12 +219,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                             with T.sblock("tile"):
                                 vc = T.axis.opaque(SPLIT, c)
                                 T.reads(
-                                    k_code[0:N, head, 0 : D // W_k, 0:P],
-                                    k_scale[0:N, head, 0:N_k, 0:D],
-                                    k_zero[0:N, head, 0:N_k, 0:D],
-                                    v_code[0:N, head, 0 : P // W_v, 0:D],
-                                    v_scale[0:N, head, 0:N_v, 0:P],
-                                    v_zero[0:N, head, 0:N_v, 0:P],
+                                    *regions(stored, ALL, head),
                                     page_table[0:S, 0:pages],
                                     slot[0],
                                     inside[0],
@@ -255,12 +229,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 )
                                 # Declared as written only: an update in place is not scheduled.
                                 T.writes(
-                                    k_code_tile[vw, 0:PLACES, 0:K_CODE],
-                                    k_scale_tile[vw, 0:PLACES, 0:K_SCALE],
-                                    k_zero_tile[vw, 0:PLACES, 0:K_ZERO],
-                                    v_code_tile[vw, 0:PLACES, 0:V_CODE],
-                                    v_scale_tile[vw, 0:PLACES, 0:V_SCALE],
-                                    v_zero_tile[vw, 0:PLACES, 0:V_ZERO],
+                                    *regions(tile_places, vw),
                                     next_page[0],
                                     ref[0:LANES, 0:2],
                                     total[0:LANES, 0:2],
@@ -278,40 +247,22 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 with T.sblock("value_tail"):
                                     T.where(left < TOKENS)
                                     T.reads(inside[0])
-                                    T.writes(
-                                        v_scale_tile[vw, 0:PLACES, 0:V_SCALE],
-                                        v_zero_tile[vw, 0:PLACES, 0:V_ZERO],
-                                    )
+                                    T.writes(*regions((v_scale_tile, v_zero_tile), vw))
                                     no_scale(v_scale_tile, vw, place, left)
                                     no_zero(v_zero_tile, vw, place, left)
                                     cleared()
                                 with T.sblock("copy_next"):
                                     T.where(vc + 1 < turns)
                                     T.reads(
-                                        k_code[0:N, head, 0 : D // W_k, 0:P],
-                                        k_scale[0:N, head, 0:N_k, 0:D],
-                                        k_zero[0:N, head, 0:N_k, 0:D],
-                                        v_code[0:N, head, 0 : P // W_v, 0:D],
-                                        v_scale[0:N, head, 0:N_v, 0:P],
-                                        v_zero[0:N, head, 0:N_v, 0:P],
+                                        *regions(stored, ALL, head),
                                         next_page[0],
                                         inside[0],
                                         first_tile[0],
                                     )
-                                    T.writes(
-                                        k_code_tile[vw, 0:PLACES, 0:K_CODE],
-                                        k_scale_tile[vw, 0:PLACES, 0:K_SCALE],
-                                        k_zero_tile[vw, 0:PLACES, 0:K_ZERO],
-                                        v_code_tile[vw, 0:PLACES, 0:V_CODE],
-                                        v_scale_tile[vw, 0:PLACES, 0:V_SCALE],
-                                        v_zero_tile[vw, 0:PLACES, 0:V_ZERO],
-                                    )
+                                    T.writes(*regions(tile_places, vw))
                                     copy_next(
-                                        k_code, k_scale, k_zero, v_code, v_scale, v_zero,
-                                        next_page[0], head, after % P,
-                                        k_code_tile, k_scale_tile, k_zero_tile,
-                                        v_code_tile, v_scale_tile, v_zero_tile,
-                                        vw, (vc + 1) % PLACES,
+                                        stored, next_page[0], head, after % P,
+                                        tile_places, vw, (vc + 1) % PLACES,
                                     )  # fmt: skip
                                 with T.sblock("next_page"):
                                     T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])

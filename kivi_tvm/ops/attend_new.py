@@ -17,6 +17,7 @@ from kivi_tvm.ops.online_softmax import (
     start_blocks,
     store_blocks,
 )
+from kivi_tvm.ops.regions import regions
 
 CHUNK = 32  # new tokens whose scores are held at once
 
@@ -96,6 +97,8 @@ def attend_new(key: KernelKey, row_tile: int | None = None):
                 chunk_max = T.sblock_alloc_buffer((M,), "float32")
                 chunk_sum = T.sblock_alloc_buffer((M,), "float32")
                 chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                run = T.meta_var((run_max, run_sum, run_acc))
+                chunk = T.meta_var((chunk_max, chunk_sum, chunk_acc))
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])
@@ -112,7 +115,7 @@ def attend_new(key: KernelKey, row_tile: int | None = None):
                             added[vb],
                             q_scaled[0:M, 0:D],
                         )
-                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
+                        T.writes(*regions(chunk))
                         dot = T.sblock_alloc_buffer((M, C), "float32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
                         prob = T.sblock_alloc_buffer((M, C), "float32")
@@ -164,15 +167,8 @@ def attend_new(key: KernelKey, row_tile: int | None = None):
                                 chunk_acc[vm, vd] = out[vm, vd]
                     with T.sblock("merge"):
                         vc = T.axis.opaque(T.ceildiv(tokens, C), c)
-                        T.reads(
-                            run_max[0:M],
-                            run_sum[0:M],
-                            run_acc[0:M, 0:D],
-                            chunk_max[0:M],
-                            chunk_sum[0:M],
-                            chunk_acc[0:M, 0:D],
-                        )
-                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        T.reads(*regions((*run, *chunk)))
+                        T.writes(*regions(run))
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
                 store(run_max, run_sum, run_acc, part_acc, part_stat, vb, row, X - 2)
 

@@ -20,6 +20,7 @@ from kivi_tvm.ops.online_softmax import (
     store_blocks,
 )
 from kivi_tvm.ops.prefetch import prefetch_tokens
+from kivi_tvm.ops.regions import regions
 
 CHUNK_TOKENS = 32
 # Blocks that ask for the memory of the next chunk.
@@ -111,6 +112,8 @@ def attend_window(
                 chunk_max = T.sblock_alloc_buffer((M,), "float32")
                 chunk_sum = T.sblock_alloc_buffer((M,), "float32")
                 chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                run = T.meta_var((run_max, run_sum, run_acc))
+                chunk = T.meta_var((chunk_max, chunk_sum, chunk_acc))
                 with T.sblock("oldest"):
                     oldest[0] = state[slot, PACKED_VALUES] % ring
                 for m, d in T.grid(M, D):
@@ -131,7 +134,7 @@ def attend_window(
                             oldest[0],
                             q_scaled[0:M, 0:D],
                         )
-                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
+                        T.writes(*regions(chunk))
                         source = T.sblock_alloc_buffer((C,), "int32")
                         dot = T.sblock_alloc_buffer((M, C), "float32")
                         score = T.sblock_alloc_buffer((M, C), "float32")
@@ -191,15 +194,8 @@ def attend_window(
                                 chunk_acc[vm, vd] = out[vm, vd]
                     with T.sblock("merge"):
                         vc = T.axis.opaque(T.ceildiv(ring, C), c)
-                        T.reads(
-                            run_max[0:M],
-                            run_sum[0:M],
-                            run_acc[0:M, 0:D],
-                            chunk_max[0:M],
-                            chunk_sum[0:M],
-                            chunk_acc[0:M, 0:D],
-                        )
-                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        T.reads(*regions((*run, *chunk)))
+                        T.writes(*regions(run))
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
                 store(run_max, run_sum, run_acc, part_acc, part_stat, vb, row, X - entry)
 

@@ -22,6 +22,7 @@ from kivi_tvm.ops.online_softmax import (
     softmax_blocks,
     start_blocks,
 )
+from kivi_tvm.ops.regions import regions
 
 CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
 MAX_CHUNK_TOKENS = 128
@@ -116,9 +117,12 @@ def combine_window(key: KernelKey, row_tile: int | None = None):
                 chunk_max = T.sblock_alloc_buffer((M,), "float32")
                 chunk_sum = T.sblock_alloc_buffer((M,), "float32")
                 chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
+                run = T.meta_var((run_max, run_sum, run_acc))
+                chunk = T.meta_var((chunk_max, chunk_sum, chunk_acc))
                 part_max = T.sblock_alloc_buffer((M,), "float32")
                 part_sum = T.sblock_alloc_buffer((M,), "float32")
                 parts_acc = T.sblock_alloc_buffer((M, D), "float32")
+                part = T.meta_var((part_max, part_sum, parts_acc))
                 with T.sblock("slot"):
                     slot[0] = T.max(slots[vb], 0)
                 with T.sblock("oldest"):
@@ -152,7 +156,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None):
                             count[0],
                             q_scaled[0:M, 0:D],
                         )
-                        T.writes(chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D])
+                        T.writes(*regions(chunk))
                         k_near = T.sblock_alloc_buffer((C, D), dtype)
                         v_near = T.sblock_alloc_buffer((SUMS, C // SUMS, D), dtype)
                         dot = T.sblock_alloc_buffer((M, C), "float32")
@@ -205,11 +209,8 @@ def combine_window(key: KernelKey, row_tile: int | None = None):
                                     chunk_acc[vm, vd] = T.float32(0)
                                 chunk_acc[vm, vd] += acc[vs, vm, vd]
                     with T.sblock("merge"):
-                        T.reads(
-                            run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D],
-                            chunk_max[0:M], chunk_sum[0:M], chunk_acc[0:M, 0:D],
-                        )  # fmt: skip
-                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        T.reads(*regions((*run, *chunk)))
+                        T.writes(*regions(run))
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
                 # Nothing before this reads what `attend` writes. As mathematics it is nothing.
                 attended = T.sblock_alloc_buffer((1,), "uint32")
@@ -225,7 +226,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None):
                             part_stat[vb, first : first + M, 0:X, 0:2],
                             entries[0],
                         )
-                        T.writes(part_max[0:M], part_sum[0:M], parts_acc[0:M, 0:D])
+                        T.writes(*regions(part))
                         level = T.sblock_alloc_buffer((M, X_C), "float32")
                         weight = T.sblock_alloc_buffer((M, X_C), "float32")
                         part_near = T.sblock_alloc_buffer((X_SUMS, M, X_C // X_SUMS, D), "float32")
@@ -285,11 +286,8 @@ def combine_window(key: KernelKey, row_tile: int | None = None):
                                     parts_acc[vm, vd] = T.float32(0)
                                 parts_acc[vm, vd] += parts[vs, vm, vd]
                     with T.sblock("merge_parts"):
-                        T.reads(
-                            run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D],
-                            part_max[0:M], part_sum[0:M], parts_acc[0:M, 0:D],
-                        )  # fmt: skip
-                        T.writes(run_max[0:M], run_sum[0:M], run_acc[0:M, 0:D])
+                        T.reads(*regions((*run, *part)))
+                        T.writes(*regions(run))
                         merge_parts(run_max, run_sum, run_acc, part_max, part_sum, parts_acc)
                 for m, d in T.grid(M, D):
                     with T.sblock("out"):

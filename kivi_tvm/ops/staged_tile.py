@@ -13,11 +13,11 @@ from typing import Any
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.fragments import LANES, TOKENS
 
 PLACES = 2
 LINE_BYTES = 16  # that a lane copies at once
-ITEM_BYTES = {"uint32": 4, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class StagedArray:
 
     @property
     def nbytes(self) -> int:
-        return self.size * ITEM_BYTES[self.dtype]
+        return self.size * DTYPE_BYTES[self.dtype]
 
 
 def staged_arrays(key: KernelKey) -> tuple[StagedArray, ...]:
@@ -65,7 +65,7 @@ def staged_bytes(key: KernelKey) -> int:
 
 def copy_block(name: str, array: StagedArray):
     """Copy rows from `[page, head, row, column]` on to a place, `LINE_BYTES` per lane and turn."""
-    line = LINE_BYTES // ITEM_BYTES[array.dtype]
+    line = LINE_BYTES // DTYPE_BYTES[array.dtype]
     of_row = array.columns // line
     lines = array.rows * of_row
 
@@ -98,23 +98,23 @@ def copy_block(name: str, array: StagedArray):
 
 
 def copy_tile_blocks(key: KernelKey, prefix: str):
-    """Copy all arrays of the tile at token `at` of a page; blocks `prefix_k_code` and so on."""
+    """Copy all arrays of the tile at token `at` of a page; blocks `prefix_k_code` and so on.
+
+    The macro takes what is stored and the tiles as two tuples in the order of `staged_arrays`.
+    """
     k_code_rows, k_scale_rows, k_zero_rows, v_code_rows, v_scale_rows, v_zero_rows = (
         copy_block(f"{prefix}_{array.name}", array) for array in staged_arrays(key)
     )
     G_k, W_v = key.key_group_size, key.value_codes_per_word
 
     @T.macro
-    def copy_tile(
-        k_code, k_scale, k_zero, v_code, v_scale, v_zero, page, head, at,
-        k_code_tile, k_scale_tile, k_zero_tile, v_code_tile, v_scale_tile, v_zero_tile, warp, place,
-    ):  # fmt: skip
-        k_code_rows(k_code, page, head, 0, at, k_code_tile, warp, place)
-        k_scale_rows(k_scale, page, head, at // G_k, 0, k_scale_tile, warp, place)
-        k_zero_rows(k_zero, page, head, at // G_k, 0, k_zero_tile, warp, place)
-        v_code_rows(v_code, page, head, at // W_v, 0, v_code_tile, warp, place)
-        v_scale_rows(v_scale, page, head, 0, at, v_scale_tile, warp, place)
-        v_zero_rows(v_zero, page, head, 0, at, v_zero_tile, warp, place)
+    def copy_tile(stored, page, head, at, tiles, warp, place):
+        k_code_rows(stored[0], page, head, 0, at, tiles[0], warp, place)
+        k_scale_rows(stored[1], page, head, at // G_k, 0, tiles[1], warp, place)
+        k_zero_rows(stored[2], page, head, at // G_k, 0, tiles[2], warp, place)
+        v_code_rows(stored[3], page, head, at // W_v, 0, tiles[3], warp, place)
+        v_scale_rows(stored[4], page, head, 0, at, tiles[4], warp, place)
+        v_zero_rows(stored[5], page, head, 0, at, tiles[5], warp, place)
 
     return copy_tile
 

@@ -12,7 +12,7 @@ from kivi_tvm.ops.combine_window import CHUNK_PARTS, PART_SUMS, TOKEN_SUMS, chun
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.primitives import extent_of
-from kivi_tvm.schedules.thread_sums import dot_by_lanes, sum_by_threads, wide
+from kivi_tvm.schedules.thread_sums import LOAD_BYTES, dot_by_lanes, sum_by_threads, wide
 from kivi_tvm.schedules.threads import (
     WorkGroup,
     keep_local,
@@ -30,7 +30,7 @@ ELEMENTWISE = (
     "new_stat_parts", "new_sum_parts", "new_acc_parts", "keep_stat_parts", "keep_acc_parts",
     "out", "lse",
 )  # fmt: skip
-THREADS, LANES, LOAD_BYTES = 256, 8, 16
+THREADS, LANES = 256, 8
 ROW_TILES, DEFAULT_ROWS = (1, 2, 4), 2
 BEGINNING = "later"  # the window was written before `attend`, which may still be running
 REDUCED = "max", "sum", "part_max", "part_sum"
