@@ -14,15 +14,15 @@ from tvm.target import Target
 
 from kivi_tvm import targets
 from kivi_tvm.config import KernelKey
-from kivi_tvm.database import Found, Record
-from kivi_tvm.host import find_cxx
-from kivi_tvm.lowering import (
+from kivi_tvm.cuda_build import (
     BEGINNING_ATTR,
     EARLY_LAUNCH,
     LAUNCH_PARAMS_ATTR,
     MIN_BLOCKS_ATTR,
-    compile_module,
 )
+from kivi_tvm.database import Found, Record
+from kivi_tvm.host import find_cxx
+from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, OPS

@@ -31,7 +31,10 @@ LAYERS = [
     {"reference", "workloads", "geometry", "targets", "ops"},
     {"schedules"},
     {"database", "database_files", "tuning_record"},
-    {"tune", "compile", "lowering", "artifact", "artifact_cache", "cache_key", "manifest"},
+    {
+        *("tune", "compile", "lowering", "cuda_build", "gpu_passes", "statements"),
+        *("artifact", "artifact_cache", "cache_key", "manifest"),
+    },
     {"runtime"},
     {"hf", "model_export", "tuning_logs"},
     {"bench", "demo", "eval"},
@@ -62,10 +65,13 @@ ALLOWED = {
         "tune",
         "compile",
         "lowering",
+        "cuda_build",
+        "gpu_passes",
+        "statements",
         "cli",
     },
     # meets torch in `runtime`, and in `bench`, which times what `runtime` calls
-    "tvm_ffi": {"host", "compile", "lowering", "tune", "runtime", "bench"},
+    "tvm_ffi": {"host", "compile", "cuda_build", "gpu_passes", "tune", "runtime", "bench"},
     "transformers": {"hf"},
 }
 LINKS = ("schedules", "model_export", "tuning_logs")  # rglob does not descend into links
