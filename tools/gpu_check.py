@@ -104,9 +104,9 @@ def graph_us(call: Call, count: int) -> float:
     return float(statistics.median(times[2:]))
 
 
-def drawn(*shape: int) -> torch.Tensor:
-    """Normal float16 numbers on the GPU."""
-    return torch.randn(*shape, dtype=torch.float16, device="cuda")
+def drawn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Normal numbers on the GPU."""
+    return torch.randn(*shape, dtype=dtype, device="cuda")
 
 
 def peer_us(case: Case) -> tuple[float, str]:
@@ -129,26 +129,26 @@ def peer_us(case: Case) -> tuple[float, str]:
     return min(found)
 
 
-def filled(case: Case) -> Cache:
-    """A cache whose next token is the last one of the case."""
-    cache = build(case.config, "cuda").new_cache(
-        num_layers=case.layers, batch_size=case.batch, device="cuda"
-    )
-    shape = case.batch, case.kv_heads, case.tokens - 1, D
-    cache.begin(case.tokens - 1)
-    for i in range(case.layers):
-        cache.layer(i).prefill(drawn(*shape), drawn(*shape))
+def filled(config: KiviConfig, layers: int, batch: int, tokens: int) -> Cache:
+    """A cache with random tokens in every layer."""
+    cache = build(config, "cuda").new_cache(num_layers=layers, batch_size=batch, device="cuda")
+    shape, dtype = (batch, config.H_kv, tokens, config.D), getattr(torch, config.dtype)
+    cache.begin(tokens)
+    for i in range(layers):
+        cache.layer(i).prefill(drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype))
     return cache
 
 
-def error_of(cache: Cache, case: Case) -> float:
+def error_of(cache: Cache) -> float:
     """Relative L2 error of the first layer's step against float64 attention on what it stored."""
-    q, new = drawn(case.batch, case.heads, D), drawn(case.batch, case.kv_heads, D)
+    cfg, batch = cache.cfg, len(cache.lengths)
+    dtype = getattr(torch, cfg.dtype)
+    q, new = (drawn(batch, heads, cfg.D, dtype=dtype) for heads in (cfg.H, cfg.H_kv))
     cache.begin(1)
-    outputs: list[Any] = [cache.layer(i).decode(q, new, new) for i in range(case.layers)]
+    outputs: list[Any] = [layer.decode(q, new, new) for layer in cache.layers]
     k, v = cache.layer(0).dequantize()
     k, v, q = k[:1].double(), v[:1].double(), q[:1].double()
-    want = scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=case.heads != case.kv_heads)
+    want = scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=cfg.M > 1)
     return relative_l2(outputs[0][:1].double(), want[:, :, 0])
 
 
@@ -198,8 +198,9 @@ def cases() -> Iterator[Case]:
 def measured(case: Case, bandwidth: float) -> dict[str, object]:
     """Error and times of one case, and its peer's."""
     peer, backend = peer_us(case)
-    cache = filled(case)
-    error = error_of(cache, case)
+    # its next token is the last one of the case
+    cache = filled(case.config, case.layers, case.batch, case.tokens - 1)
+    error = error_of(cache)
     found: dict[str, object] = {"error": error, "passed": error <= TOLERANCE}
     if error <= TOLERANCE:
         step, attend = ours_us(cache, case)
@@ -214,22 +215,31 @@ def measured(case: Case, bandwidth: float) -> dict[str, object]:
     return found
 
 
-def main() -> None:
-    """Write one line per case."""
+def arguments(about: str | None) -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=about, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("output", type=Path, help="JSONL file to write")
     parser.add_argument("--commit", required=True, help="what is measured")
-    args = parser.parse_args()
-    names = "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch"
-    environment = {
+    return parser.parse_args()
+
+
+def environment_of(commit: str, *names: str) -> dict[str, object]:
+    """Where and of what the figures are, with the versions of distributions."""
+    return {
         "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "driver": driver(),
         "versions": {name: installed_version(name) for name in names},
-        "commit": args.commit,
+        "commit": commit,
     }
+
+
+def main() -> None:
+    """Write one line per case."""
+    args = arguments(__doc__)
+    environment = environment_of(args.commit, "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
     with args.output.open("w", encoding="utf-8") as file:
         for case in cases():
             bandwidth = copy_gb_per_s()

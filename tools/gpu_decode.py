@@ -14,28 +14,34 @@ of R steps.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_check import BACKENDS, TOLERANCE, driver, graph_us
+from gpu_check import (
+    BACKENDS,
+    TOLERANCE,
+    D,
+    arguments,
+    drawn,
+    environment_of,
+    error_of,
+    filled,
+    graph_us,
+)
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kivi_tvm import KiviConfig, build
-from kivi_tvm.host import installed_version
+from kivi_tvm import KiviConfig
 from kivi_tvm.runtime.cache import Cache
-from kivi_tvm.tune.measure import relative_l2
 
 SHAPES = {
     "Llama-3-8B": {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256},
@@ -44,7 +50,7 @@ SHAPES = {
 # The paper's prompt of 161 and output of 338 tokens (section 4.3), and long contexts.
 SETTINGS = ((161 + 338, 161 + 338 // 2, 8 << 30), (32768, 32744, 32 << 30))
 WINDOWS = (128, 32)  # residual lengths
-DTYPE, D = torch.bfloat16, 128
+DTYPE = torch.bfloat16
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -88,21 +94,6 @@ def next_tokens(model: LlamaForCausalLM, ids: Tensor, position: Tensor, attend: 
     return logits.argmax(-1)
 
 
-def drawn(*shape: int) -> Tensor:
-    """Normal numbers on the GPU."""
-    return torch.randn(*shape, dtype=DTYPE, device="cuda")
-
-
-def filled(config: KiviConfig, layers: int, batch: int, tokens: int) -> Cache:
-    """A cache with random tokens in every layer."""
-    cache = build(config, "cuda").new_cache(num_layers=layers, batch_size=batch, device="cuda")
-    cache.begin(tokens)
-    for i in range(layers):
-        shape = batch, config.H_kv, tokens, D
-        cache.layer(i).prefill(drawn(*shape), drawn(*shape))
-    return cache
-
-
 def free() -> None:
     """Give the memory of what is gone back: a cache and its layers know each other."""
     gc.collect()
@@ -115,20 +106,12 @@ def row_bytes(config: KiviConfig, layers: int, tokens: int) -> int:
     return filled(config, 1, few, tokens).nbytes["total"] * layers // few
 
 
-def attention_error(cache: Cache, config: KiviConfig, batch: int) -> float:
-    """Relative L2 error of one layer's step against float64 attention on what it stored."""
-    q, k, v = drawn(batch, config.H, D), drawn(batch, config.H_kv, D), drawn(batch, config.H_kv, D)
-    cache.begin(1)
-    out: Any = cache.layer(0).decode(q, k, v)
-    keys, values = (x[:1].double() for x in cache.layer(0).dequantize())
-    grouped = config.H != config.H_kv
-    want = scaled_dot_product_attention(q[:1, :, None].double(), keys, values, enable_gqa=grouped)
-    return relative_l2(out[:1].double(), want[:, :, 0])
-
-
 def fastest_attention(kv_heads: int, batch: int, tokens: int) -> Any:
     """The backend that attends fastest to such a cache, query heads of a KV head as rows."""
-    q, k, v = drawn(batch, kv_heads, 32 // kv_heads, D), *drawn(2, batch, kv_heads, tokens, D)
+    q, k, v = (
+        drawn(batch, kv_heads, 32 // kv_heads, D, dtype=DTYPE),
+        *drawn(2, batch, kv_heads, tokens, D, dtype=DTYPE),
+    )
     found = []
     for backend in BACKENDS:
         with suppress(RuntimeError), sdpa_kernel(backend):  # one may not take it
@@ -140,7 +123,7 @@ def peer(setting: Setting, kv_heads: int, layers: int, batch: int, joined: bool)
     """Attention to 16-bit caches; `joined`: made anew with the new token in every step."""
     tokens = setting.tokens
     kept = tokens - 1 if joined else tokens
-    caches = [drawn(2, batch, kv_heads, kept, D) for _ in range(layers)]
+    caches = [drawn(2, batch, kv_heads, kept, D, dtype=DTYPE) for _ in range(layers)]
     backend = fastest_attention(kv_heads, batch, tokens)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -203,7 +186,7 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
         config = KiviConfig(D, 32, kv_heads, residual_length=window, dtype="bfloat16")
         row = row_bytes(config, layers, setting.full_tokens)
         batch = setting.memory_bytes // row
-        error = attention_error(filled(config, 1, batch, setting.tokens), config, batch)
+        error = error_of(filled(config, 1, batch, setting.tokens))
         if error > TOLERANCE:
             raise SystemExit(f"the error of attention must be at most {TOLERANCE}, got {error}")
         free()
@@ -219,20 +202,9 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
 
 def main() -> None:
     """Write one line per cache."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("output", type=Path, help="JSONL file to write")
-    parser.add_argument("--commit", required=True, help="what is measured")
-    args = parser.parse_args()
+    args = arguments(__doc__)
     names = "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch", "transformers"
-    environment = {
-        "device": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "driver": driver(),
-        "versions": {name: installed_version(name) for name in names},
-        "commit": args.commit,
-    }
+    environment = environment_of(args.commit, *names)
     with args.output.open("w", encoding="utf-8") as file, torch.no_grad():
         for shape in SHAPES:
             model = new_model(shape)
