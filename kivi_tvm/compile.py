@@ -26,7 +26,7 @@ from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, OPS
-from kivi_tvm.schedules import beginning, min_blocks, offers, rule
+from kivi_tvm.schedules import beginning, bounds, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
 # Linked into every library, so that it can run on torch's threads.
@@ -87,6 +87,7 @@ class Scheduler:
         self._key = replace(key, rows_per_query=key.extend_rows) if extends else key
         self._hardware = targets.hardware(target)
         self._offers = offers(self._op, self._hardware, self._key)
+        self._bounds = bounds(self._op, self._hardware, self._key)
         self._rule = rule(self._op, self._hardware)
         self._parsed: dict[tuple[Option, ...], Any] = {}
 
@@ -100,15 +101,14 @@ class Scheduler:
         """
         made = {
             parameter: decide(parameter, options, default, decisions)
-            for parameter, (options, default) in self._offers.items()
+            for parameter, (options, default) in (self._offers | self._bounds).items()
         }
-        taken = {parameter: choice.taken for parameter, choice in made.items()}
-        way = tuple(taken.values())
+        way = tuple(choice.taken for choice in made.values())
         if way not in self._parsed:
+            taken = {parameter: made[parameter].taken for parameter in self._offers}
             function = OPS[self._op](self._key, **taken).with_attr("global_symbol", self._name)
-            if self._hardware.model == "gpu":
-                blocks = min_blocks(self._op, self._hardware, self._key)
-                function = function.with_attr(MIN_BLOCKS_ATTR, blocks)
+            if self._bounds:
+                function = function.with_attr(MIN_BLOCKS_ATTR, made["min_blocks"].taken)
             if self._hardware.early_launch:
                 function = function.with_attr(LAUNCH_PARAMS_ATTR, [EARLY_LAUNCH])
                 function = function.with_attr(BEGINNING_ATTR, beginning(self._op, self._hardware))
@@ -180,7 +180,7 @@ def recorded_schedule(record: Record, key: KernelKey, target: Target) -> GuidedS
     StaleRecord
         The function, one of its decisions or the program that they gave is no longer there.
     """
-    if record.function not in FUNCTIONS:
+    if record.function not in functions(target):
         raise StaleRecord("there is no function of this name")
     try:
         schedule = scheduled_function(record.function, key, target, record.decisions)

@@ -37,10 +37,16 @@ __device__ __forceinline__ float kivi_tvm_exp2(float x) {
   return y;
 }
 """
-LOAD_BYTES = 16
+# What CUDA loads so many bytes as, and the types in which TVM writes such vectors.
+LOADED = {16: "uint4", 8: "uint2", 4: "unsigned"}
+WRITTEN = {
+    "float32x4": "float4", "float16x4": "half4", "float16x2": "half2",
+    "bfloat16x4": "nv_bfloat164", "bfloat16x2": "nv_bfloat162",
+}  # fmt: skip
 LOAD_SOURCE = """
 __device__ __forceinline__ {type} kivi_tvm_load_{type}(const void* from) {{
-  return __ldcg(static_cast<const {type}*>(from));
+  {raw} found = __ldcg(static_cast<const {raw}*>(from));
+  return *reinterpret_cast<{type}*>(&found);
 }}
 """
 
@@ -129,14 +135,14 @@ def _past_l1(load: TensorLoad) -> Expr:
     if not isinstance(index, Ramp):
         return call_extern(str(dtype), "__ldcg", address_of(load))
     size = dtype.bits * dtype.lanes // 8
-    if size != LOAD_BYTES or int(index.stride) != 1:
-        raise ValueError(f"`load` must be of {LOAD_BYTES} bytes side by side, got {load}")
+    if size not in LOADED or int(index.stride) != 1:
+        raise ValueError(f"`load` must be of {list(LOADED)} bytes side by side, got {load}")
     first = BufferLoad(load.source, [index.base])
-    of_cuda = "float4" if str(dtype) == "float32x4" else "uint4"  # as TVM writes such types
+    of_cuda = WRITTEN.get(str(dtype), LOADED[size])
     return cuda_func_call(
         f"kivi_tvm_load_{of_cuda}",
         address_of(first),
-        source_code=LOAD_SOURCE.format(type=of_cuda),
+        source_code=LOAD_SOURCE.format(type=of_cuda, raw=LOADED[size]),
         return_type=str(dtype),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import get_global_func
+from tvm import device, get_global_func
 from tvm.target import Target, codegen, list_tags
 
 from kivi_tvm import cuda, occupancy, target_names
@@ -112,7 +112,9 @@ def identity(target: Target) -> dict[str, Any]:
 
 
 def is_native(fields: Mapping[str, Any]) -> bool:
-    """Tell whether `identity` gave these fields of this machine's own processor."""
+    """Tell whether `identity` gave these fields of this machine's own processor, or of its GPU."""
+    if fields["kind"] == "cuda":
+        return bool(device("cuda").exist) and dict(fields) == identity(_for_cuda(Target("cuda")))
     return dict(fields) == identity(_native())
 
 
@@ -244,7 +246,9 @@ def _check_kind(kind: str) -> None:
 def _for_cuda(found: Target) -> Target:
     """The target with its host, once it is known that it can be compiled for.
 
-    The host is any processor of this machine's architecture: it only launches kernels.
+    The host is any processor of this machine's architecture: it only launches kernels. No kernel
+    uses what is specific to an architecture: for "sm_90a", which TVM finds on an H100, code and
+    tuning records are those of "sm_90".
     """
     known = cuda.known_architectures()
     if not known:
@@ -264,6 +268,7 @@ def _for_cuda(found: Target) -> Target:
             f"got {name!r}{hint}"
         )
     fields.pop("tag", None)
+    fields["arch"] = cuda.base_architecture(name)
     host = {"kind": "llvm", "mtriple": codegen.llvm_get_system_triple(), "mcpu": "generic"}
     return Target({**fields, "host": host})
 

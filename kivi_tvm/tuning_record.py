@@ -33,7 +33,7 @@ class Record:
     Parameters
     ----------
     function : str
-        A name in `ops.FUNCTIONS`.
+        A name in `ops.ALL_FUNCTIONS`.
     decisions : mapping of str to int or str
         Choices made otherwise than by default.
     schedule_hash : str

@@ -43,11 +43,14 @@ def offers(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     return found(key, hardware) if found else {}
 
 
-def min_blocks(op: str, hardware: Hardware, key: KernelKey) -> int:
-    """Work-groups of a multiprocessor that the kernel of `op` leaves registers for."""
+def bounds(op: str, hardware: Hardware, key: KernelKey) -> Offers:
+    """The choice of how many work-groups of a multiprocessor `op` leaves registers for, on GPUs."""
+    if hardware.model != "gpu":
+        return {}
     found: Callable[[KernelKey], int] | None
     found = getattr(_file(op, hardware), "min_blocks", None)
-    return found(key) if found else MIN_BLOCKS
+    default = found(key) if found else MIN_BLOCKS
+    return {"min_blocks": ([*range(max(1, default - 2), default + 2)], default)}
 
 
 def beginning(op: str, hardware: Hardware) -> str:

@@ -41,9 +41,9 @@ def registers(handle: Var, count: int, dtype: str, of_lane: Var) -> Any:
 
 
 @cache
-def mma() -> str:
+def mma(dtype: str) -> str:
     """The name of the intrinsic `c [32, 4] += a [32, 4] b [32, 2]`, registers of lanes."""
-    name = "kivi_tvm.mma"
+    name, of_ptx = f"kivi_tvm.mma_{dtype}", {"float16": "fp16", "bfloat16": "bf16"}[dtype]
 
     @T.prim_func(s_tir=True)
     def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
@@ -59,7 +59,9 @@ def mma() -> str:
                     vi, vj, vk = T.axis.remap("SSR", [i, j, k])
                     c[c_lane(vi, vj), c_register(vi, vj)] = c[
                         c_lane(vi, vj), c_register(vi, vj)
-                    ] + product(lambda lane, r: a[lane, r], lambda lane, r: b[lane, r], vi, vj, vk)
+                    ] + product(
+                        lambda lane, r: a[lane, r], lambda lane, r: b[lane, r], vi, vj, vk, dtype
+                    )
 
     @T.prim_func(s_tir=True)
     def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
@@ -73,7 +75,7 @@ def mma() -> str:
             for lane in T.thread_binding(LANES, "threadIdx.x"):
                 T.evaluate(
                     T.ptx_legacy.mma(
-                        "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                        "m16n8k16", "row", "col", of_ptx, of_ptx, "fp32",
                         a.data, a.elem_offset + lane * a_lane,
                         b.data, b.elem_offset + lane * b_lane,
                         c.data, c.elem_offset + lane * lane_of_c,

@@ -24,7 +24,7 @@ TARGET = Target({"kind": "cuda", "arch": "sm_90"}, host="llvm")
 HEADER = Path(__file__).with_name("warp_emulator.h")
 SIGNATURE = re.compile(r'extern "C" __global__ void .*?(\w+_kernel)\(([^)]*)\) \{')
 MMA = re.compile(
-    r'__asm__ __volatile__\(\s*"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32"'
+    r'__asm__ __volatile__\(\s*"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32"'
     r".*?\);\n",
     re.S,
 )
@@ -91,7 +91,7 @@ def emulated(source, name):
 
 def call_of_mma(match):
     d, _, _, _, a, _, _, _, b, *_ = REGISTER.findall(match[0])
-    return f"mma_m16n8k16({d}, {a}, {b});\n"
+    return f"mma_m16n8k16_{match[1]}({d}, {a}, {b});\n"
 
 
 def compiled(source, name):

@@ -46,6 +46,10 @@ struct nv_bfloat16 {
     return x;
   }
 };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T> T __ldcg(const T* from) { return *from; }
+struct nv_bfloat162 { nv_bfloat16 x, y; };
+struct alignas(8) nv_bfloat164 { nv_bfloat16 x, y, z, w; };
 struct Index { int x = 0, y = 0, z = 0; };
 
 template <class T> T max(T a, T b) { return a > b ? a : b; }
@@ -105,14 +109,19 @@ template <class T> T __shfl_sync(uint mask, T value, int source, int width) {
   T found;
   memcpy(&registers[warp][current % LANES][0], &value, 4);
   __syncwarp();
-  memcpy(&found, &registers[warp][source][0], 4);
+  memcpy(&found, &registers[warp][source % width][0], 4);
   __syncwarp();
   return found;
 }
 
-static float half_at(uint pair, int number) {
+template <class T> T __shfl_down_sync(uint mask, T value, int by, int width) {
+  int lane = current % LANES;
+  return __shfl_sync(mask, value, lane + by < LANES ? lane + by : lane, width);
+}
+
+template <class T> float element(uint pair, int number) {
   ushort bits = pair >> (16 * number);
-  half x;
+  T x;
   memcpy(&x, &bits, 2);
   return x;
 }
@@ -122,7 +131,7 @@ static float half_at(uint pair, int number) {
 // threadID_in_group * 2 + (i & 1), 8 more for i >= 4. b_i: row threadID_in_group * 2 + (i & 1), 8
 // more for i >= 2; column groupID. c_i: row groupID, 8 more for i >= 2; column
 // threadID_in_group * 2 + (i & 1).
-static void mma_m16n8k16(float* d, const uint* a, const uint* b) {
+template <class T> void mma_m16n8k16(float* d, const uint* a, const uint* b) {
   auto& held = registers[current / LANES];
   int lane = current % LANES;
   memcpy(held[lane], a, 16);
@@ -137,13 +146,16 @@ static void mma_m16n8k16(float* d, const uint* a, const uint* b) {
       int b_number = (k >= 8) * 2 + k % 2;
       uint a_pair = held[row % 8 * 4 + k % 8 / 2][a_number / 2];
       uint b_pair = held[column * 4 + k % 8 / 2][4 + b_number / 2];
-      sum += double(half_at(a_pair, a_number % 2)) * half_at(b_pair, b_number % 2);
+      sum += double(element<T>(a_pair, a_number % 2)) * element<T>(b_pair, b_number % 2);
     }
     found[i] = sum;
   }
   __syncwarp();
   memcpy(d, found, 16);
 }
+
+static auto mma_m16n8k16_f16 = mma_m16n8k16<half>;
+static auto mma_m16n8k16_bf16 = mma_m16n8k16<nv_bfloat16>;
 
 // Row i of the matrix is in lanes 4 i .. 4 i + 3, two elements each.
 static uint movmatrix_trans(uint x) {

@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_check import (
+from gpu_steps import (
     BACKENDS,
     TOLERANCE,
     D,

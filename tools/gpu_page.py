@@ -1,4 +1,4 @@
-"""Write docs/gpu.md and docs/gpu.png from what tools/gpu_check.py and gpu_decode.py measured.
+"""Write docs/gpu.md and docs/gpu.png from what tools/gpu_steps.py and gpu_decode.py measured.
 
     .venv/bin/python tools/gpu_page.py
 
@@ -47,7 +47,7 @@ FOOT = """
 Made by
 
 ```sh
-python tools/gpu_check.py docs/gpu-h100.jsonl --commit NAME
+python tools/gpu_steps.py docs/gpu-h100.jsonl --commit NAME
 python tools/gpu_decode.py docs/gpu-decode-h100.jsonl --commit NAME
 .venv/bin/python tools/gpu_page.py
 ```

@@ -161,12 +161,9 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
     model = args.cost_model or default_cost_model()
     check_cost_model(model)
     target = targets.resolve(args.target)
-    if target.kind.name != "llvm":
-        raise UserError(
-            f"`--target` must be a CPU, got {args.target!r}: candidates for GPUs cannot be "
-            "measured yet, builds for them take default schedules"
-        )
-    tasks = _tasks(args.ops, [_with_mode(workload, target) for workload in found])
+    if target.kind.name == "cuda":
+        _check_cuda(args, target)
+    tasks = _tasks(args.ops, [_with_mode(workload, target) for workload in found], target)
     if find_cxx() is None:
         raise UserError("`tune` needs a C++ compiler to link candidates (apt-get install g++)")
     options = Options(args.trials, budget, args.seed, model)
@@ -184,6 +181,24 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
     return _report(args, result, options, place, runner)
 
 
+def _check_cuda(args: argparse.Namespace, target: Target) -> None:
+    """Refuse what is for CPUs alone, and to measure on a GPU that is not here."""
+    from kivi_tvm import targets
+
+    if args.runner == "rpc":
+        raise UserError(
+            "`--runner rpc` measures on CPUs; for a GPU elsewhere, --emit candidates and measure "
+            "them there"
+        )
+    if args.threads is not None:
+        raise UserError(f"`--threads` is for CPUs, got {args.threads}")
+    if not args.emit and not targets.is_native(targets.identity(target)):
+        raise UserError(
+            f"`--runner local` needs a GPU of {target.attrs['arch']} for this `--target`, and "
+            "there is none here; --emit candidates and measure them on one"
+        )
+
+
 def _collect(args: argparse.Namespace, root: Path) -> int:
     from kivi_tvm.tune import start
     from kivi_tvm.tune.collect import collect
@@ -198,7 +213,7 @@ def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
 
     if args.runner == "rpc":
         return start.rpc_runner(place, args.tracker, args.tracker_key, args.threads)
-    if not targets.is_native(targets.identity(place.target)):
+    if place.target.kind.name == "llvm" and not targets.is_native(targets.identity(place.target)):
         announce(
             f"`--target` is not this processor: records of {targets.slug(place.target)} will be "
             'marked "estimated", by the times of this one'
@@ -214,17 +229,18 @@ def _with_mode(workload: Workload, target: Target) -> Workload:
     return workload if mode == "float" else replace(workload, compute=mode)
 
 
-def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:
+def _tasks(names: list[str] | None, found: list[Workload], target: Target) -> list[Task]:
     """Each function of each kernel key once, `attend` first."""
-    from kivi_tvm.ops import FUNCTIONS
+    from kivi_tvm.compile import functions
     from kivi_tvm.tune.candidate import Task
     from kivi_tvm.tune.cases import make_case
     from kivi_tvm.tune.plan import MAIN_FUNCTION
 
-    if unknown := [name for name in names or () if name not in FUNCTIONS]:
-        raise UserError(f"`--ops` must be among {sorted(FUNCTIONS)}, got {unknown}")
+    known = functions(target)
+    if unknown := [name for name in names or () if name not in known]:
+        raise UserError(f"`--ops` must be among {sorted(known)}, got {unknown}")
     wanted = sorted(
-        (name for name in FUNCTIONS if not names or name in names),
+        (name for name in known if not names or name in names),
         key=lambda name: name != MAIN_FUNCTION,
     )
     by_key: dict[Any, Workload] = {}
@@ -235,7 +251,7 @@ def _tasks(names: list[str] | None, found: list[Workload]) -> list[Task]:
     tasks = [Task(name, workload) for name in wanted for workload in by_key.values()]
     try:
         # The only operator that has nothing to do on a short cache.
-        for task in {x.workload: x for x in tasks if FUNCTIONS[x.function][0] == "attend"}.values():
+        for task in {x.workload: x for x in tasks if known[x.function][0] == "attend"}.values():
             make_case(task)
     except ValueError as error:
         raise UserError(f"`--tokens` is too small: {error}") from error

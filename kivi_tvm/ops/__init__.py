@@ -51,3 +51,4 @@ FUNCTIONS: dict[str, tuple[str, bool]] = {
 }
 # Further ones of modules for GPUs.
 GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
+ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS

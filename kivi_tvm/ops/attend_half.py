@@ -25,6 +25,7 @@ from kivi_tvm.ops.softmax_half import (
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
+    zero_acc_blocks,
 )
 from kivi_tvm.ops.staged_tile import (
     PLACES,
@@ -56,7 +57,9 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
     copy_first, copy_next = copy_tile_blocks(key, FIRST), copy_tile_blocks(key, NEXT)
     queries, start, find_lift = query_blocks(key, M), start_half_blocks(PRODUCTS), lift_blocks(key)
-    scores, softmax, outputs = score_blocks(key), softmax_half_blocks(key), output_blocks(key)
+    start_zeros, bring_zeros = zero_acc_blocks()
+    scores, outputs = score_blocks(key), output_blocks(key)
+    softmax = softmax_half_blocks(X, PRODUCTS)
     sum_up, arrive, cleared = total_blocks(), arrive_block("arrive"), arrive_block("cleared")
     *_, of_token, _ = staged_arrays(key)
     no_scale, no_zero = (clear_tail_block(name, of_token) for name in ("no_scale", "no_zero"))
@@ -214,7 +217,8 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 0,
                             )
                         queries(q, b, row, scale, q_pair, gain)
-                        start(ref, total, acc, zero_acc)
+                        start(ref, total, acc)
+                        start_zeros(zero_acc)
                         for c in T.serial(turns):
                             with T.sblock("tile"):
                                 vc = T.axis.opaque(SPLIT, c)
@@ -241,6 +245,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 after = T.meta_var(first + ((vc + 1) * WARPS + vw) * TOKENS)
                                 score = T.sblock_alloc_buffer((LANES, X, 2), "float32")
                                 lift = T.sblock_alloc_buffer((LANES,), "float32")
+                                keep = T.sblock_alloc_buffer((LANES, 2), "float32")
                                 prob_pair = T.sblock_alloc_buffer((LANES, X), "uint32")
                                 arrive()
                                 # What is behind the last token may be anything.
@@ -277,7 +282,10 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     left, score,
                                 )  # fmt: skip
                                 find_lift(v_scale_tile, vw, place, lift)
-                                softmax(score, lift, ref, total, acc, zero_acc, prob_pair)
+                                softmax(
+                                    score, lambda lane: lift[lane], ref, total, acc, keep, prob_pair
+                                )
+                                bring_zeros(keep, zero_acc)
                                 outputs(
                                     prob_pair, v_code_tile, v_scale_tile, v_zero_tile, vw, place,
                                     acc, zero_acc,

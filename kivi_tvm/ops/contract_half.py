@@ -34,8 +34,8 @@ from kivi_tvm.ops.fragments import (
 from kivi_tvm.ops.staged_tile import staged_arrays
 
 
-def mma_block(name: str):
-    """`result += a b` by one `mma`, in a block `name`.
+def mma_block(name: str, dtype: str = "float16"):
+    """`result += a b` by one `mma` on `dtype`, in a block `name`.
 
     The macro takes `result [32, n]`, the first of the four registers there, and what gives the
     operands' registers by (lane, number).
@@ -48,7 +48,7 @@ def mma_block(name: str):
                 vm, vn, vk = T.axis.remap("SSR", [m, n, k])
                 result[c_lane(vm, vn), first + c_register(vm, vn)] = result[
                     c_lane(vm, vn), first + c_register(vm, vn)
-                ] + product(a, b, vm, vn, vk)
+                ] + product(a, b, vm, vn, vk, dtype)
 
     return multiply
 

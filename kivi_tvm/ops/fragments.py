@@ -1,7 +1,7 @@
 """Matrices as the lanes of a warp hold them: operands and results of `mma.m16n8k16`.
 
-A register holds a pair of float16 numbers (operands) or one float32 (results). With `g = lane / 4`
-and `c = lane % 4`, PTX ISA 9.7.16.5.8 ("Matrix Fragments for mma.m16n8k16") gives
+A register holds a pair of float16 or bfloat16 numbers (operands) or one float32 (results). With
+`g = lane / 4` and `c = lane % 4`, PTX ISA 9.7.16.5.8 ("Matrix Fragments for mma.m16n8k16") gives
 
     A [16, 16]: register r holds row g + 8 (r % 2), columns 2 c + 8 (r / 2) + {0, 1}
     B [16, 8]:  register r holds rows 2 c + 8 r + {0, 1}, column g
@@ -28,10 +28,34 @@ ROWS, DEPTH = 16, 16  # of A
 PAIR_BITS = 16
 TOKENS = 64  # of a tile
 BYTE_BITS = 8
+SPAN = 32  # channels of keys that four lanes load 16 bytes each of
+
+
+class OutputRows:
+    """How all channels of a head are dealt out to the rows of `mma` whose A are values.
+
+    A lane takes `channels_apart` neighbouring channels: rows `g` of so many matrices.
+    """
+
+    __slots__ = ()
+    channels_apart: int
+
+    def block(self, product: Any) -> Any:
+        """The block of channels of the `mma` number `product`."""
+        return product // (self.channels_apart // 2)
+
+    def place(self, product: Any, high: Any) -> Any:
+        """Which of a lane's channels in the block is its row `g` (`high` 0) or `g + 8` (1)."""
+        return product % (self.channels_apart // 2) * 2 + high
+
+    def channel(self, product: Any, row: Any) -> Any:
+        """The channel that is row 0 .. 15 of the `mma` number `product`."""
+        first = self.block(product) * QUERIES * self.channels_apart
+        return first + row % 8 * self.channels_apart + self.place(product, row // 8)
 
 
 @dataclass(frozen=True, slots=True)
-class HalfTile:
+class HalfTile(OutputRows):
     """How `TOKENS` tokens and all channels of a head are dealt out to lanes and registers.
 
     Tokens come in matrices of 8 rows, `x = 0 .. 7`. Those of a *unit* have their values in four
@@ -92,8 +116,7 @@ class HalfTile:
         return self.key.value_codes_per_word // 2
 
     @property
-    def channels_apart(self) -> int:
-        """Neighbouring channels that a lane takes: rows `g` of so many matrices."""
+    def channels_apart(self) -> int:  # type: ignore[override]
         return 4 if self.key.value_group_size % 32 == 0 else 2
 
     @property
@@ -110,18 +133,34 @@ class HalfTile:
     def value_groups(self) -> int:
         return self.key.head_dim // self.key.value_group_size
 
-    def block(self, product: Any) -> Any:
-        """The block of channels of the `mma` number `product`."""
-        return product // (self.channels_apart // 2)
 
-    def place(self, product: Any, high: Any) -> Any:
-        """Which of a lane's channels in the block is its row `g` (`high` 0) or `g + 8` (1)."""
-        return product % (self.channels_apart // 2) * 2 + high
+@dataclass(frozen=True, slots=True)
+class FullTile(OutputRows):
+    """How `ROWS` tokens in 16 bits and all channels of a head are dealt out, in their order.
 
-    def channel(self, product: Any, row: Any) -> Any:
-        """The channel that is row 0 .. 15 of the `mma` number `product`."""
-        first = self.block(product) * QUERIES * self.channels_apart
-        return first + row % 8 * self.channels_apart + self.place(product, row // 8)
+    Keys: lane `(g, c)` takes tokens `g` and `g + 8`, and of every span of 32 channels the 8 from
+    `8 c` on, which are those of two `mma`. Values: it takes tokens `2 c + {0, 1, 8, 9}`, and of
+    every block `channels_apart` channels.
+    """
+
+    head_dim: int
+
+    @property
+    def key_spans(self) -> int:
+        return -(-self.head_dim // SPAN)
+
+    @property
+    def value_rows(self) -> int:
+        """`mma` that cover all channels: 16 rows each."""
+        return self.head_dim // ROWS
+
+    @property
+    def channels_apart(self) -> int:  # type: ignore[override]
+        return next(n for n in (8, 4, 2) if self.head_dim % (QUERIES * n) == 0)
+
+    @property
+    def value_blocks(self) -> int:
+        return self.head_dim // (QUERIES * self.channels_apart)
 
 
 def position(bits: int, pair: Any) -> tuple[Any, Any]:
@@ -142,21 +181,21 @@ def code_pair(word: Any, bits: int, pair: Any) -> Any:
 CODE_UNIT = 2.0**24  # what a product with codes as `code_pair` gives them lacks
 
 
-def half_of(pair: Any, number: Any) -> Any:
-    """The float16 number 0 (low bits) or 1 of a pair, as float32."""
+def half_of(pair: Any, number: Any, dtype: str = "float16") -> Any:
+    """The number 0 (low bits) or 1 of a pair, as float32."""
     bits = T.Cast("uint16", T.shift_right(pair, T.Cast("uint32", number * PAIR_BITS)))
-    return T.Cast("float32", T.reinterpret("float16", bits))
+    return T.Cast("float32", T.reinterpret(dtype, bits))
 
 
 def pair_of(low: Any, high: Any) -> Any:
-    """Two float16 numbers as a pair, uint32."""
+    """Two float16 or bfloat16 numbers as a pair, uint32."""
     low, high = (T.Cast("uint32", T.reinterpret("uint16", x)) for x in (low, high))
     return low | T.shift_left(high, T.uint32(PAIR_BITS))
 
 
-def rounded_pair(low: Any, high: Any) -> Any:
+def rounded_pair(low: Any, high: Any, dtype: str = "float16") -> Any:
     """Two float32 numbers as a pair."""
-    return pair_of(T.Cast("float16", low), T.Cast("float16", high))
+    return pair_of(T.Cast(dtype, low), T.Cast(dtype, high))
 
 
 def pair_product(a: Any, b: Any) -> Any:
@@ -199,10 +238,10 @@ def c_register(row: Any, column: Any) -> Any:
     return row // 8 * 2 + column % 2
 
 
-def product(a: Any, b: Any, row: Any, column: Any, depth: Any) -> Any:
+def product(a: Any, b: Any, row: Any, column: Any, depth: Any, dtype: str = "float16") -> Any:
     """One product of `mma`; `a` and `b` give the register of a lane by (lane, number)."""
-    return half_of(a(a_lane(row, depth), a_register(row, depth)), depth % 2) * half_of(
-        b(b_lane(depth, column), b_register(depth)), depth % 2
+    return half_of(a(a_lane(row, depth), a_register(row, depth)), depth % 2, dtype) * half_of(
+        b(b_lane(depth, column), b_register(depth)), depth % 2, dtype
     )
 
 

@@ -182,7 +182,7 @@ def start_half_blocks(products: int):
     """The empty state: reference at the lowest float32, sums and accumulators 0."""
 
     @T.macro
-    def start(ref, total, acc, zero_acc):
+    def start(ref, total, acc):
         for lane, e in T.grid(LANES, 2):
             with T.sblock("start"):
                 vl, ve = T.axis.remap("SS", [lane, e])
@@ -192,33 +192,51 @@ def start_half_blocks(products: int):
             with T.sblock("start_acc"):
                 vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
                 acc[vl, vt * 4 + ve] = T.float32(0)
+
+    return start
+
+
+def zero_acc_blocks():
+    """What `start_half_blocks` and `softmax_half_blocks` do with the sums of zeros."""
+
+    @T.macro
+    def start(zero_acc):
         for lane, e in T.grid(LANES, 4):
             with T.sblock("start_zero_acc"):
                 vl, ve = T.axis.remap("SS", [lane, e])
                 zero_acc[vl, ve] = T.float32(0)
 
-    return start
+    @T.macro
+    def bring(keep, zero_acc):
+        for lane, e in T.grid(LANES, 4):
+            with T.sblock("keep_zero_acc"):
+                vl, ve = T.axis.remap("SS", [lane, e])
+                T.reads(keep[vl, ve % 2])
+                T.writes(zero_acc[vl, ve])
+                zero_acc[vl, ve] = zero_acc[vl, ve] * keep[vl, ve % 2]
+
+    return start, bring
 
 
-def softmax_half_blocks(key: KernelKey):
+def softmax_half_blocks(matrices: int, products: int, dtype: str = "float16"):
     """`prob_pair [lane, matrix] = 2^(score - reference)`, and the state so far for that reference.
 
-    The pairs are operands: of two tokens, for query `g`.
+    The pairs are operands of `dtype`: of two tokens, for query `g`. `lift(lane)` is how far above
+    the largest score the reference is to be; `keep [lane, e]` is what anything so far is multiplied
+    with.
     """
-    tile = HalfTile(key)
-    X, PRODUCTS = tile.matrices, tile.value_rows
+    X, PRODUCTS = matrices, products
     max_of_2, max_of_4 = (
         fold_block(f"max_of_{16 // step * 2}", 2, T.max, turned(step)) for step in (16, 8)
     )
 
     @T.macro
-    def softmax(score, lift, ref, total, acc, zero_acc, prob_pair):
+    def softmax(score, lift, ref, total, acc, keep, prob_pair):
         prob = T.sblock_alloc_buffer((LANES, X, 2), "float32")
         own_max = T.sblock_alloc_buffer((LANES, 2), "float32")
         of_2 = T.sblock_alloc_buffer((LANES, 2), "float32")
         of_4 = T.sblock_alloc_buffer((LANES, 2), "float32")
         new_ref = T.sblock_alloc_buffer((LANES, 2), "float32")
-        keep = T.sblock_alloc_buffer((LANES, 2), "float32")
         own_sum = T.sblock_alloc_buffer((LANES, 2), "float32")
         prob_row = T.sblock_alloc_buffer((LANES, X), "uint32")
         for lane, e, x in T.grid(LANES, 2, X):
@@ -233,7 +251,7 @@ def softmax_half_blocks(key: KernelKey):
             with T.sblock("new_ref"):
                 vl, ve = T.axis.remap("SS", [lane, e])
                 top = T.meta_var(T.max(of_4[vl, ve], of_4[(vl + 4) % LANES, ve]))
-                new_ref[vl, ve] = T.max(ref[vl, ve], top + lift[vl])
+                new_ref[vl, ve] = T.max(ref[vl, ve], top + lift(vl))
         for lane, e in T.grid(LANES, 2):
             with T.sblock("keep"):
                 vl, ve = T.axis.remap("SS", [lane, e])
@@ -261,12 +279,6 @@ def softmax_half_blocks(key: KernelKey):
                 T.reads(keep[vl, ve % 2])
                 T.writes(acc[vl, vt * 4 + ve])
                 acc[vl, vt * 4 + ve] = acc[vl, vt * 4 + ve] * keep[vl, ve % 2]
-        for lane, e in T.grid(LANES, 4):
-            with T.sblock("keep_zero_acc"):
-                vl, ve = T.axis.remap("SS", [lane, e])
-                T.reads(keep[vl, ve % 2])
-                T.writes(zero_acc[vl, ve])
-                zero_acc[vl, ve] = zero_acc[vl, ve] * keep[vl, ve % 2]
         for lane, e in T.grid(LANES, 2):
             with T.sblock("keep_ref"):
                 vl, ve = T.axis.remap("SS", [lane, e])
@@ -274,7 +286,7 @@ def softmax_half_blocks(key: KernelKey):
         for x, lane in T.grid(X, LANES):
             with T.sblock("prob_row"):
                 vx, vl = T.axis.remap("SS", [x, lane])
-                prob_row[vl, vx] = rounded_pair(prob[vl, vx, 0], prob[vl, vx, 1])
+                prob_row[vl, vx] = rounded_pair(prob[vl, vx, 0], prob[vl, vx, 1], dtype)
         for x, lane in T.grid(X, LANES):
             with T.sblock("prob_pair"):
                 vx, vl = T.axis.remap("SS", [x, lane])

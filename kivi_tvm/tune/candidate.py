@@ -20,7 +20,7 @@ FAILURE_KINDS = ("schedule", "build", "build timeout", "load", "wrong", "crash",
 class Task:
     """One compiled function to tune, on the shapes of one workload."""
 
-    function: str  # a name in `ops.FUNCTIONS`
+    function: str  # a name in `ops.ALL_FUNCTIONS`
     workload: Workload
 
     @property

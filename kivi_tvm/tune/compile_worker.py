@@ -78,7 +78,7 @@ def _export(module: Any, target: Any, path: Path) -> None:
 
     part = path.with_name(f".{path.stem}.{os.getpid()}.so")
     try:
-        compile_module(module, target).export_library(str(part), cc=find_cxx())
+        compile_module(module, target, for_elsewhere=True).export_library(str(part), cc=find_cxx())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

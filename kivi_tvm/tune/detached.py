@@ -18,7 +18,7 @@ from kivi_tvm.cache_key import sources_digest
 from kivi_tvm.database_files import replace_text
 from kivi_tvm.errors import UserError
 from kivi_tvm.manifest import current_versions
-from kivi_tvm.ops import FUNCTIONS
+from kivi_tvm.ops import ALL_FUNCTIONS
 from kivi_tvm.tune.candidate import Candidate, Failure, Task
 from kivi_tvm.tune.cases import CASE_SOURCES
 from kivi_tvm.tune.space import Size
@@ -196,8 +196,8 @@ def _parse(content: Json) -> Folder:
 
 def _parse_task(fields: Json, candidates: Iterable[Json]) -> EmittedTask:
     function = fields["function"]
-    if function not in FUNCTIONS:
-        raise ValueError(f"`function` must be one of {sorted(FUNCTIONS)}, got {function!r}")
+    if function not in ALL_FUNCTIONS:
+        raise ValueError(f"`function` must be one of {sorted(ALL_FUNCTIONS)}, got {function!r}")
     lengths = fields["workload"].pop("lengths")
     workload = Workload(**fields["workload"], lengths=tuple(lengths) if lengths else None)
     task = Task(function, workload)

@@ -46,6 +46,7 @@ of the leading dimensions in which group it counts, `UNTOUCHED` or `ANY`.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import fcntl
@@ -96,6 +97,9 @@ SAMPLE_US = 1e3  # of a sample: short, so that some fall between what others do
 DISTURBED = 0.01
 MAX_ATTEMPTS = 4
 READ_BYTES = 512 << 20
+GRAPH_CALLS = 32  # of a CUDA graph, at least: replaying one takes as long as a short kernel
+# Where the machine code begins that a CUDA source carries: as `kivi_tvm.cuda` writes it.
+MACHINE_CODE = "\n// kivi-tvm: machine code of the above, as base64\n// "
 FINALISTS = 5  # candidates of a batch that are compared with the default at the end
 START_TIMEOUT_S = 300.0  # importing torch from a cold network disk takes minutes
 END_CHARS = 300  # of both ends of a worker's stderr, in a failure's message
@@ -301,6 +305,7 @@ class TimedCall:
         count = copies_of(sum(t.nbytes for t in cold), cache_bytes(device)) if cold else 1
         self.rows = [self._row(call["arguments"], tensors, n > 0) for n in range(count)]
         self.next = 0
+        self.graphs: dict[Kernel, torch.cuda.CUDAGraph] = {}
 
     @staticmethod
     def _row(arguments: list[Json], tensors: list[Tensor | None], copy: bool) -> tuple[Any, ...]:
@@ -312,10 +317,36 @@ class TimedCall:
         )
 
     def run(self, kernel: Kernel, calls: int) -> list[float]:
-        """Microseconds of so many calls, each on the next copy."""
+        """Microseconds of so many calls, each on the next copy.
+
+        On a GPU of at least as many, by graphs that go through all copies: an entry is a graph's
+        mean, without what it takes to launch a kernel from the host.
+        """
+        if self.device == "cuda":
+            graph, turns = self._graph(kernel), self._turns
+            replays = math.ceil(calls / (turns * len(self.rows)))
+            times = _event_times(graph.replay, replays)
+            return [us / (turns * len(self.rows)) for us in times]
         rows = [self.rows[(self.next + i) % len(self.rows)] for i in range(calls)]
         self.next += calls
-        return _cuda_times(kernel, rows) if self.device == "cuda" else _cpu_times(kernel, rows)
+        return _cpu_times(kernel, rows)
+
+    @property
+    def _turns(self) -> int:
+        """How often a graph goes through the copies."""
+        return math.ceil(GRAPH_CALLS / len(self.rows))
+
+    def _graph(self, kernel: Kernel) -> torch.cuda.CUDAGraph:
+        """Captured calls of a kernel, after one that loads its code."""
+        if kernel not in self.graphs:
+            kernel(*self.rows[0])
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
+                for row in self.rows * self._turns:
+                    kernel(*row)
+            self.graphs[kernel] = graph
+        return self.graphs[kernel]
 
 
 def _timed_tensor(argument: Json, seed: int, device: str) -> Tensor | None:
@@ -335,11 +366,12 @@ def _cpu_times(kernel: Kernel, rows: Sequence[tuple[Any, ...]]) -> list[float]:
     return times
 
 
-def _cuda_times(kernel: Kernel, rows: Sequence[tuple[Any, ...]]) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in rows]
-    for row, (start, end) in zip(rows, events):
+def _event_times(run: Callable[[], object], count: int) -> list[float]:
+    """Microseconds of so many runs by CUDA events."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
         start.record()
-        kernel(*row)
+        run()
         end.record()
     torch.cuda.synchronize()
     return [1e3 * start.elapsed_time(end) for start, end in events]
@@ -355,7 +387,10 @@ def waited_ns() -> int:
 
 
 class Sample(NamedTuple):
-    """The median of some calls, and the share of their time that others took from us."""
+    """The median of some calls, and the share of their time that others took from us.
+
+    Who takes a processor from us does not slow a GPU: 0 there.
+    """
 
     disturbed: float
     us: float
@@ -365,7 +400,8 @@ def sample(call: TimedCall, kernel: Kernel, calls: int) -> Sample:
     """Time so many calls."""
     before = waited_ns()
     times = call.run(kernel, calls)
-    return Sample((waited_ns() - before) / (1e3 * sum(times)), statistics.median(times))
+    waited = 0 if call.device == "cuda" else waited_ns() - before
+    return Sample(waited / (1e3 * sum(times)), statistics.median(times))
 
 
 def time_call(call: TimedCall, kernel: Kernel) -> list[float]:
@@ -430,9 +466,8 @@ def compare_kernels(
 def read_gb_per_s(device: str) -> float:
     """Best of several sums over memory far larger than the caches."""
     x = torch.ones(READ_BYTES // 4, device=device)
-    run = _cuda_times if device == "cuda" else _cpu_times
-    best = min(run(lambda: x.sum(), [()] * 8))
-    return READ_BYTES / best / 1e3
+    times = _event_times(x.sum, 8) if device == "cuda" else _cpu_times(x.sum, [()] * 8)
+    return READ_BYTES / min(times) / 1e3
 
 
 # The worker
@@ -462,9 +497,14 @@ class Session:
         self.running: int | None = None  # of a comparison's candidates
         for suffix in ("", "_cuda") if device == "cuda" else ("",):
             ctypes.CDLL(str(runtime_library(suffix)), mode=os.RTLD_GLOBAL)
+        if device == "cuda":
+            tvm_ffi.register_global_func("tvm_callback_cuda_compile", machine_code)
 
     def answer(self, request: Json, at: Callable[[int], None]) -> Json:
-        """The answer to one request."""
+        """The answer to one request.
+
+        What fails on a GPU leaves nothing there that a next candidate could run on: it raises.
+        """
         self.running = None
         try:
             if request["do"] == "compare":
@@ -476,6 +516,8 @@ class Session:
         except OSError as error:
             failure = _failure("load", str(error))
         except Exception as error:
+            if self.device == "cuda":
+                raise
             failure = _failure("crash", f"{type(error).__name__}: {error}")
         return failure | ({} if self.running is None else {"culprit": self.running})
 
@@ -492,7 +534,8 @@ class Session:
         return {"times_us": compare_kernels(self._calls(), kernels, request["rounds"], begin)}
 
     def do_device(self, request: Json) -> Json:
-        return {"name": device_name(self.device), "kind": self.device, "threads": _threads()}
+        name, threads = device_name(self.device), _threads(self.device)
+        return {"name": name, "kind": self.device, "threads": threads}
 
     def do_load(self, request: Json) -> Json:
         self.case, self.timed = torch.load(request["case"], weights_only=True), []
@@ -531,8 +574,16 @@ def _failure(kind: str, message: str) -> Json:
     return {"failure": {"kind": kind, "message": message}}
 
 
-def _threads() -> int:
-    return int(os.environ.get("TVM_NUM_THREADS", "1"))
+def machine_code(source: str) -> bytes:
+    """What TVM loads of a library compiled where there is no GPU: the code behind its source."""
+    _, mark, code = source.partition(MACHINE_CODE)
+    if not mark:
+        raise RuntimeError("a CUDA source must carry its machine code: there is no compiler here")
+    return base64.b64decode(code)
+
+
+def _threads(device: str) -> int:
+    return 0 if device == "cuda" else int(os.environ.get("TVM_NUM_THREADS", "1"))
 
 
 def device_name(device: str) -> str:

@@ -11,7 +11,7 @@ from kivi_tvm.tune.candidate import Built, Measured
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What candidates run on."""
+    """What candidates run on; a GPU has no `threads`."""
 
     name: str
     kind: str  # "cpu" or "cuda"

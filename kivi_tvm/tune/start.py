@@ -47,13 +47,15 @@ class Place:
 
 
 def local_runner(place: Place, builder: Builder, threads: int | None) -> Runner:
-    """What measures here, where nothing is compiled meanwhile.
+    """What measures here; on a CPU nothing is compiled meanwhile.
 
     Raises
     ------
     UserError
         Its processor lacks instructions of the target.
     """
+    if place.target.kind.name == "cuda":
+        return LocalRunner(device="cuda")
     missing = missing_cpu_flags(targets.required_cpu_flags(place.target))
     if missing:
         raise UserError(

@@ -96,7 +96,7 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
     # 3. products and the transpose by instructions of the warp
     for name in PRODUCTS:
         *outer, row, _, _ = sch.get_loops(sch.get_sblock(name))
-        sch.tensorize(row, mma())
+        sch.tensorize(row, mma("float16"))
         unroll(sch, outer)
     *outer, lane = sch.get_loops(sch.get_sblock("prob_pair"))
     sch.tensorize(lane, transpose())

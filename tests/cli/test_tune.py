@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,11 +93,44 @@ def test_a_compiler_is_needed(capsys, tmp_path, monkeypatch):
     assert "needs a C++ compiler" in capsys.readouterr().err
 
 
-def test_gpus_cannot_be_tuned_yet(capsys, tmp_path, monkeypatch):
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "`--runner local` needs a GPU of sm_90 for this `--target`, and there is none here"),
+        (["--threads", "2"], "`--threads` is for CPUs, got 2"),
+        (
+            ["--runner", "rpc", "--tracker", "localhost:9190", "--tracker-key", "gpu"],
+            "`--runner rpc` measures on CPUs; for a GPU elsewhere, --emit candidates",
+        ),
+    ],
+    ids=["no GPU", "threads", "rpc"],
+)
+def test_what_tuning_for_a_gpu_needs(capsys, tmp_path, monkeypatch, options, words):
     monkeypatch.setattr(cuda, "known_architectures", lambda: ("sm_90",))
-    assert main(["tune", "--log-dir", str(tmp_path), "--target", "nvidia/nvidia-h100"]) == 2
-    assert "`--target` must be a CPU" in capsys.readouterr().err
+    target = '{"kind": "cuda", "arch": "sm_90"}'
+    assert main(["tune", "--log-dir", str(tmp_path), "--target", target, *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Unable to detect" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.cuda
+def test_tune_on_a_gpu(tmp_path, capfd):
+    command = ["tune", "--target", "cuda", "--log-dir", str(tmp_path), "--trials", "6", "--json"]
+    shape = ["--num-heads", "8", "--num-kv-heads", "2", "--head-dim", "64", "--tokens", "4000"]
+    ops = ["--dtype", "float16", "--ops", "attend", "combine_window"]
+    assert main([*command, *shape, *ops]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["device"]["kind"] == "cuda" and found["device"]["threads"] == 0
+    assert [each["function"] for each in found["functions"]] == ["attend", "combine_window"]
+    for each in found["functions"]:
+        assert each["error"] is None and each["default_us"] > 1 and not each["failures"]
+        assert each["max_error"] <= each["error_limit"]
+    assert main(["tune", "--log-dir", str(tmp_path), "--list", "--json"]) == 0
+    records = json.loads(capfd.readouterr().out)["records"]
+    mine = [each for each in records if each["place"] == str(tmp_path)]
+    assert {each["kind"] for each in mine} <= {"measured"} and not any(e["stale"] for e in mine)
 
 
 def test_nothing_to_list(capsys, tmp_path):

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ops.plain import plain_kernel
 from tune.tasks import HALF, TINY, WIDE, library
 
-from kivi_tvm.ops import FUNCTIONS
+from kivi_tvm.ops import ALL_FUNCTIONS, FUNCTIONS
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases import make_case
 from kivi_tvm.tune.measure import TimedCall, Wrong, check_call
@@ -45,13 +46,13 @@ def rejects(case, kernel):
     return False
 
 
-def perturbed(kernel, number):
-    """The kernel, its results off by a thousandth, or by one where they are integers."""
+def perturbed(kernel, number, factor=1.001):
+    """The kernel, its results off by a thousandth or more, or by one where they are integers."""
 
     def run(*arguments):
         kernel(*arguments)
         x = torch.from_dlpack(arguments[number])
-        x.copy_(x + 1 if x.dtype == torch.int32 else x * 1.001)
+        x.copy_(x + 1 if x.dtype == torch.int32 else x * factor)
 
     return run
 
@@ -93,6 +94,22 @@ def test_accepts_the_default_kernel_and_rejects_wrong_ones(function, workload):
     assert rejects(case, without_last_head(kernel, number))
     assert rejects(case, writes_outside(kernel, number, offset=0))
     assert rejects(case, writes_outside(kernel, number, offset=1))
+
+
+@pytest.mark.parametrize("function", ["attend", "extend_attend", "combine", "combine_window"])
+def test_functions_of_gpus(function):
+    """In mode "half", whose splits depend on a row's length; the operators as they are."""
+    workload = replace(HALF, num_heads=4, num_kv_heads=2, compute="half")
+    key = workload.cfg.kernel_key()
+    op, extends = ALL_FUNCTIONS[function]
+    case = make_case(Task(function, workload))
+    kernel = plain_kernel(op, replace(key, rows_per_query=key.extend_rows) if extends else key)
+    number = -1 if op.startswith("combine") else -2
+    assert not rejects(case, kernel)
+    assert rejects(case, perturbed(kernel, number, 1.01))
+    assert rejects(case, without_last_head(kernel, number))
+    for call in case.timed:
+        assert min(TimedCall(call.to_dict(), "cpu").run(kernel, 2)) > 0
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -12,6 +12,8 @@ import pytest
 from tune.tasks import TINY, faulty
 
 from kivi_tvm import build, cli, database, targets
+from kivi_tvm.cuda import find_nvcc
+from kivi_tvm.cuda_tools import cuda_images, cuda_source
 from kivi_tvm.errors import UserError
 from kivi_tvm.tune import collect as collecting
 from kivi_tvm.tune import emit as emitting
@@ -38,6 +40,22 @@ def emitted(tmp_path_factory):
     path = tmp_path_factory.mktemp("emitted") / "folder"
     write(path)
     return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_candidates_for_a_gpu_carry_machine_code(tmp_path):
+    workload = replace(TINY, dtype="float16", compute="half")
+    target = targets.resolve({"kind": "cuda", "arch": "sm_90"})
+    tasks = [Task("combine_window", workload)]
+    folder = emit(tasks, target, tmp_path, Options(2, rounds=1), lambda task: [], [].append)
+    assert folder.device == "cuda" and read_folder(tmp_path) == folder
+    [default, other] = folder.tasks[0].candidates
+    assert other.candidate.decisions and not default.candidate.decisions
+    for each in (default, other):
+        source = cuda_source((tmp_path / each.library).read_bytes())
+        [image] = cuda_images(measure.machine_code(source))
+        assert len(image) > 1000
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tune.tasks import TINY, faulty, library
 
+from kivi_tvm import cuda
 from kivi_tvm.layout import Buffer
 from kivi_tvm.tune import measure
 from kivi_tvm.tune.candidate import Task
@@ -44,6 +45,29 @@ def test_fills_repeat_after_a_block(how, monkeypatch):
     x = measure.filled(argument, 1)
     assert x.shape == (3, 70) and torch.equal(x.flatten()[100:200], x.flatten()[:100])
     assert torch.equal(x, measure.filled(argument, 1))
+
+
+def test_machine_code_behind_a_source():
+    source = cuda.with_machine_code("int x;\n", b"\0code")
+    assert measure.machine_code(source) == b"\0code"
+    with pytest.raises(RuntimeError, match="must carry its machine code"):
+        measure.machine_code("int x;\n")
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_timed_by_graphs():
+    call = Call([fill(Buffer((1 << 20,), "float32"), "normal")]).to_dict()
+    timed, seen = measure.TimedCall(call, "cuda"), []
+
+    def kernel(x):
+        seen.append(torch.from_dlpack(x).data_ptr())
+        torch.from_dlpack(x).add_(1)
+
+    times = timed.run(kernel, 3 * len(timed.rows))
+    assert len(times) == 3 and 1 < min(times) < 1e3
+    assert len(set(seen)) == len(timed.rows)
+    before = len(seen)
+    assert measure.time_call(timed, kernel) and len(seen) == before  # captured once
 
 
 def test_comparing_takes_turns():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kivi_tvm.cache_key import CODE_SOURCES
 from kivi_tvm.tune.candidate import Task
-from kivi_tvm.tune.cases import attention, storage
+from kivi_tvm.tune.cases import attention, merge, storage
 from kivi_tvm.tune.cases.case import Case
 
 __all__ = ["CASE_SOURCES", "Case", "make_case"]
@@ -19,7 +19,8 @@ _MAKERS: dict[str, Callable[[Task], Case]] = {
     "append": storage.append,
     "attend": attention.attend,
     "attend_window": attention.attend_window,
-    "combine": attention.combine,
+    "combine": merge.combine,
+    "combine_window": merge.combine_window,
     "dequantize_key": storage.dequantize_key,
     "dequantize_value": storage.dequantize_value,
     "extend_attend": attention.attend,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kivi_tvm import layout, reference
-from kivi_tvm.config import KiviConfig
-from kivi_tvm.ops import FUNCTIONS
+from kivi_tvm.config import KernelKey, KiviConfig
+from kivi_tvm.ops import ALL_FUNCTIONS
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases.case import Argument, Call, Case, Rule, ints, scalar, strided, tensor
 from kivi_tvm.tune.cases.inputs import (
@@ -24,7 +23,6 @@ from kivi_tvm.tune.cases.inputs import (
     held,
     nbytes,
     page_nbytes,
-    small,
     token_nbytes,
 )
 from kivi_tvm.tune.cases.tolerance import limit
@@ -91,12 +89,19 @@ class Partials:
 
 def _rows(task: Task) -> int:
     """Tokens whose queries the task's function takes."""
-    return task.key.extend_rows if FUNCTIONS[task.function][1] else 1
+    return task.key.extend_rows if ALL_FUNCTIONS[task.function][1] else 1
 
 
-def _split(task: Task) -> int:
-    """Packed tokens of one work item of the task's function."""
-    return replace(task.key, rows_per_query=_rows(task)).split_tokens
+def _key(task: Task) -> KernelKey:
+    """Of the task's function."""
+    return replace(task.key, rows_per_query=_rows(task))
+
+
+def _split(task: Task, packed: int) -> int:
+    """Packed tokens of one work item of the task's function, of a row that has `packed`."""
+    key = _key(task)
+    split: int = layout.split_tokens(key, packed, key.split_tokens)
+    return split
 
 
 def _queries(q: Tensor) -> Tensor:
@@ -104,17 +109,17 @@ def _queries(q: Tensor) -> Tensor:
     return q.permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def _splits(task: Task, cfg: KiviConfig, lengths: Lengths) -> list[int]:
+def splits_of(task: Task, cfg: KiviConfig, lengths: Lengths) -> list[int]:
     """Work items of every row."""
-    split = _split(task)
-    return [-(-layout.packed_values(cfg, n or 0) // split) for n in lengths]
+    packed = [layout.packed_values(cfg, n or 0) for n in lengths]
+    return [-(-n // _split(task, n)) for n in packed]
 
 
 def attend(task: Task) -> Case:
     """`attend` and `extend_attend`: one result per split of the packed tokens."""
-    R, split, tail = task.workload.cfg.R, _split(task), 1 + (_rows(task) > 1)
+    R, split, tail = task.workload.cfg.R, _key(task).split_tokens, 1 + (_rows(task) > 1)
     found = Timed(task)
-    splits = _splits(task, found.cfg, found.lengths)
+    splits = splits_of(task, found.cfg, found.lengths)
     if not max(splits):
         raise ValueError(
             f"`tokens` must exceed residual_length={R} for {task.function} to have work, "
@@ -137,15 +142,16 @@ def attend(task: Task) -> Case:
 
 def _check_attend(task: Task, lengths: Lengths, data: str) -> Call:
     cfg, inputs = draw(task, lengths, data, steps=_rows(task))
-    q, split, scale = _queries(inputs.q), _split(task), cfg.D**-0.5
+    q, scale = _queries(inputs.q), cfg.D**-0.5
     pool = Pool(cfg, lengths)
     pool.store_keys(inputs.k)
     pool.store_values(inputs.v)
-    entries = max(_splits(task, cfg, lengths)) + 2
+    entries = max(splits_of(task, cfg, lengths)) + 2
     parts = Partials(len(lengths), q.shape[1], entries, cfg.D, cfg.compute_mode())
     work = []
     for row, _, _ in pool.active():
         k, v = pool.dense_keys(inputs.k, row), pool.dense_values(inputs.v, row)
+        split = _split(task, v.shape[1])
         for index, first in enumerate(range(0, v.shape[1], split)):
             part = slice(first, min(first + split, v.shape[1]))
             at = row, slice(None), index
@@ -161,7 +167,7 @@ def attend_window(task: Task) -> Case:
     """`attend_window` and `extend_window`: one result per row."""
     R, rows = task.workload.cfg.R, _rows(task)
     found, tail = Timed(task), 1 + (rows > 1)
-    splits = max(_splits(task, found.cfg, found.lengths))
+    splits = max(splits_of(task, found.cfg, found.lengths))
     q, parts, rings = found.queries(rows), found.parts(rows, splits + tail), found.rings()
     scale = scalar(found.cfg.D**-0.5)
     arguments = [*rings, *found.state(), q, scale, scalar(1), *parts]
@@ -198,7 +204,7 @@ def extend_new(task: Task) -> Case:
     """`extend_new`: causal attention of new tokens to new tokens, one result per row."""
     rows = _rows(task)
     found = Timed(task)
-    splits = max(_splits(task, found.cfg, found.lengths))
+    splits = max(splits_of(task, found.cfg, found.lengths))
     k, v = found.tokens(rows, cold=False)
     q, parts = found.queries(rows), found.parts(rows, splits + 2)
     scale, added = scalar(found.cfg.D**-0.5), ints([rows] * found.B)
@@ -235,70 +241,3 @@ def _check_new(task: Task, added: Lengths, first: int, data: str) -> Call:
         tensor(strided(q)), scalar(first), scalar(scale),
     ]  # fmt: skip
     return Call([*start, *parts.arguments()], [parts.rule(len(start))])
-
-
-def combine(task: Task) -> Case:
-    """`combine`: partial results merged by log-sum-exp."""
-    found, split = Timed(task), _split(task)
-    cfg = found.cfg
-    splits = _splits(task, cfg, found.lengths)
-    parts = found.parts(1, max(splits) + 1)
-    out = fill_like(found.queries(1))
-    lse = tensor(torch.zeros(found.B, cfg.H))
-    arguments = [*found.state(), scalar(split), scalar(1), *parts, out, lse]
-    read = (sum(splits) + found.B) * nbytes(*parts) // (found.B * (max(splits) + 1))
-    checks = [_check_combine(task, spread, tail) for spread, tail in ((1, 1), (60, 2))]
-    return Case(task.id, task.function, checks, [Call(arguments)], read + nbytes(out, lse))
-
-
-def fill_like(argument: Argument) -> Argument:
-    """A recipe for zeros of that shape."""
-    return {**argument, "fill": "zeros"}
-
-
-def _check_combine(task: Task, spread: float, tail: int) -> Call:
-    R, split, dtype = task.workload.cfg.R, _split(task), getattr(torch, task.key.dtype)
-    lengths = [R + 3 * split, None, R + split + 1, 5, R + 1]
-    cfg, X = small(task, lengths).cfg, 6
-    pool = Pool(cfg, lengths)
-    given = _drawn_partials((len(lengths), cfg.H, X), cfg.D, spread)
-    acc, stat = (torch.full_like(x, math.nan) for x in given)
-    out, lse = poisoned((len(lengths), cfg.H, cfg.D), dtype), poisoned((5, cfg.H), torch.float32)
-    group = torch.full((len(lengths), cfg.H), UNTOUCHED)
-    want = torch.zeros(*out.shape, dtype=torch.float64), torch.zeros(5, cfg.H, dtype=torch.float64)
-    after = torch.zeros_like(out), torch.full_like(lse, -math.inf)
-    for row, _, length in pool.active():
-        entries = [*range(-(-layout.packed_values(cfg, length) // split)), *range(X - tail, X)]
-        for x, values in ((acc, given[0]), (stat, given[1])):
-            x[row, :, entries] = values[row, :, entries]
-        want[0][row], want[1][row] = _merged(given[0][row, :, entries], given[1][row, :, entries])
-        group[row] = row
-    start = [
-        *held(pool, ("state", "slots")),
-        scalar(split),
-        scalar(tail),
-        tensor(acc),
-        tensor(stat),
-    ]
-    n, limits = len(start), [[limit(t)] * len(lengths) for t in (dtype, torch.float32)]
-    rules = [
-        {"of": [n + i], "group": group, "limits": limits[i], "expected": [want[i]]} for i in (0, 1)
-    ]
-    return Call([*start, tensor(strided(out), after[0]), tensor(lse, after[1])], rules)
-
-
-def _drawn_partials(shape: tuple[int, ...], D: int, spread: float) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    acc = torch.randn(*shape, D, generator=generator)
-    top = spread * torch.randn(shape, generator=generator)
-    return acc, torch.stack([top, 1 + 100 * torch.rand(shape, generator=generator)], -1)
-
-
-def _merged(acc: Tensor, stat: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of `acc [H, X, D]`, `stat [H, X, 2]` in float64."""
-    acc, stat = acc.double(), stat.double()
-    top = stat[..., 0].amax(-1)
-    weight = torch.exp2(stat[..., 0] - top[:, None])
-    total = (weight * stat[..., 1]).sum(-1)
-    out = (weight[..., None] * acc).sum(1) / total[:, None]
-    return out, (top + total.log2()) * math.log(2)

@@ -1,0 +1,149 @@
+"""Cases of what merges partial results, with or without the window, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kivi_tvm import reference
+from kivi_tvm.tune.candidate import Task
+from kivi_tvm.tune.cases.attention import splits_of
+from kivi_tvm.tune.cases.case import Argument, Call, Case, scalar, strided, tensor
+from kivi_tvm.tune.cases.inputs import RINGS, Timed, draw, held, nbytes, token_nbytes
+from kivi_tvm.tune.cases.tolerance import limit
+from kivi_tvm.tune.measure import UNTOUCHED, poisoned
+from kivi_tvm.tune.pools import Pool
+
+Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
+
+
+def combine(task: Task) -> Case:
+    """`combine`: partial results merged by log-sum-exp."""
+    found = Timed(task)
+    splits = splits_of(task, found.cfg, found.lengths)
+    parts, results = found.parts(1, max(splits) + 1), _results(found)
+    scalars = scalar(task.key.split_tokens), scalar(1)
+    moved = (sum(splits) + found.B) * nbytes(*parts) // (found.B * (max(splits) + 1))
+    checks = [_check(task, spread, tail) for spread, tail in ((1, 1), (60, 2))]
+    arguments = [*found.state(), *scalars, *parts, *results]
+    return Case(task.id, task.function, checks, [Call(arguments)], moved + nbytes(*results))
+
+
+def combine_window(task: Task) -> Case:
+    """`combine_window`: attention to the window, and partial results merged with it."""
+    found = Timed(task)
+    splits = splits_of(task, found.cfg, found.lengths)
+    q, parts, results = found.queries(1), found.parts(1, max(splits) + 1), _results(found)
+    scalars = scalar(found.cfg.D**-0.5), scalar(task.key.split_tokens)
+    window = sum(min(n, found.cfg.R) for n in found.lengths)
+    moved = 2 * token_nbytes(found.cfg, window) + nbytes(q, *results)
+    moved += sum(splits) * nbytes(*parts) // (found.B * (max(splits) + 1))
+    checks = [_check_window(task, *way) for way in ((1, "normal"), (60, "outlier"))]
+    arguments = [*found.rings(), *found.state(), q, *scalars, *parts, *results]
+    return Case(task.id, task.function, checks, [Call(arguments)], moved)
+
+
+def _results(found: Timed) -> list[Argument]:
+    """Output and log-sum-exp."""
+    lse = tensor(torch.zeros(found.B, found.cfg.H))
+    return [{**found.queries(1), "fill": "zeros"}, lse]
+
+
+def _lengths(task: Task) -> list[int | None]:
+    R, split = task.workload.cfg.R, task.key.split_tokens
+    return [R + 3 * split, None, R + split + 1, 5, R + 1]
+
+
+def _check(task: Task, spread: float, tail: int) -> Call:
+    cfg, _ = draw(task, _lengths(task))
+    pool = Pool(cfg, _lengths(task))
+    merged = Merged(task, pool, spread, tail)
+    for row, _, _ in pool.active():
+        merged.expect(row)
+    scalars = scalar(task.key.split_tokens), scalar(tail)
+    return merged.call([*held(pool, ("state", "slots")), *scalars])
+
+
+def _check_window(task: Task, spread: float, data: str) -> Call:
+    cfg, inputs = draw(task, _lengths(task), data)
+    pool, q, scale = Pool(cfg, _lengths(task)), inputs.q[0], cfg.D**-0.5
+    pool.store_rings(inputs.k, inputs.v, write_back=False)
+    merged = Merged(task, pool, spread)
+    for row, _, length in pool.active():
+        k, v = (x[row, :, max(0, length - cfg.R) : length] for x in (inputs.k, inputs.v))
+        out, lse = reference.attention(q[row].double(), k.double(), v.double(), scale)
+        stat = torch.stack([lse / math.log(2), torch.ones_like(lse)], -1)
+        merged.expect(row, (out[:, None], stat[:, None]), lse.abs().max().item())
+    start = [*held(pool, (*RINGS, "state", "slots")), tensor(strided(q)), scalar(scale)]
+    return merged.call([*start, scalar(task.key.split_tokens)])
+
+
+class Merged:
+    """Partial results of the splits of a pool's rows, and what their merging must give.
+
+    Parameters
+    ----------
+    task : Task
+    pool : Pool
+    spread : float
+        Standard deviation of their maxima.
+    tail : int
+        Further ones of every row, at the end.
+    """
+
+    def __init__(self, task: Task, pool: Pool, spread: float, tail: int = 0) -> None:
+        cfg, self._dtype = pool.cfg, getattr(torch, pool.cfg.dtype)
+        B, H, D = len(pool.lengths), cfg.H, cfg.D
+        self._counts = splits_of(task, cfg, pool.lengths)
+        self._entries, self._tail = max(self._counts) + 1 + tail, tail
+        self._drawn = _drawn((B, H, self._entries), D, spread)
+        self._given = tuple(torch.full_like(x, math.nan) for x in self._drawn)
+        self._group = torch.full((B, H), UNTOUCHED)
+        self._out = torch.zeros(B, H, D, dtype=torch.float64)
+        self._lse = torch.zeros(B, H, dtype=torch.float64)
+        self._limits: list[tuple[float, float]] = []
+
+    def expect(self, row: int, further: Parts | None = None, max_score: float = 0.0) -> None:
+        """The row has its own partial results, and `further` ones."""
+        X = self._entries
+        entries = [*range(self._counts[row]), *range(X - self._tail, X)]
+        for given, drawn in zip(self._given, self._drawn):
+            given[row, :, entries] = drawn[row, :, entries]
+        acc, stat = (x[row, :, entries].double() for x in self._drawn)
+        if further is not None:
+            acc, stat = (torch.cat(each, 1) for each in zip((acc, stat), further))
+        self._out[row], self._lse[row] = _merged(acc, stat)
+        self._group[row] = len(self._limits)
+        self._limits.append((limit(self._dtype), limit(torch.float32, max_score)))
+
+    def call(self, start: list[Argument]) -> Call:
+        """The call with `start`; rows that nothing is expected of give 0 and -inf."""
+        out, lse = poisoned(self._out.shape, self._dtype), poisoned(self._lse.shape, torch.float32)
+        results = [
+            tensor(strided(out), torch.zeros_like(out)),
+            tensor(lse, torch.full_like(lse, -math.inf)),
+        ]
+        n = len(start) + 2
+        rules = [
+            {"of": [n + i], "group": self._group, "limits": list(limits), "expected": [expected]}
+            for i, (limits, expected) in enumerate(zip(zip(*self._limits), (self._out, self._lse)))
+        ]
+        return Call([*start, *map(tensor, self._given), *results], rules)
+
+
+def _drawn(shape: tuple[int, ...], D: int, spread: float) -> Parts:
+    generator = torch.Generator().manual_seed(0)
+    acc = torch.randn(*shape, D, generator=generator)
+    top = spread * torch.randn(shape, generator=generator)
+    return acc, torch.stack([top, 1 + 100 * torch.rand(shape, generator=generator)], -1)
+
+
+def _merged(acc: Tensor, stat: Tensor) -> Parts:
+    """Output and log-sum-exp of partial results in float64."""
+    top = stat[..., 0].amax(-1)
+    weight = torch.exp2(stat[..., 0] - top[:, None])
+    total = (weight * stat[..., 1]).sum(-1)
+    out = (weight[..., None] * acc).sum(1) / total[:, None]
+    return out, (top + total.log2()) * math.log(2)

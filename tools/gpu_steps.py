@@ -1,0 +1,255 @@
+"""Measure a layer's decode step on an NVIDIA GPU: one line of JSON per case.
+
+    python tools/gpu_steps.py docs/gpu-h100.jsonl --commit $(git rev-parse --short HEAD)
+
+needs torch with CUDA, nvcc and no network. A decode step (append, attend, combine) is compared
+with PyTorch's attention on a 16-bit cache that has its last token written, the best of its
+backends. Both run in CUDA graphs over so many layers that their caches exceed the L2 cache, but at
+most 64 of them and 2 GiB of 16-bit caches: packed caches of 1k tokens of one sequence may stay in
+it ("layers" says how many there were). The first layer's output is compared with float64 attention
+on the same codes before any is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kivi_tvm import KiviConfig, build
+from kivi_tvm.host import installed_version
+from kivi_tvm.runtime.cache import Cache
+from kivi_tvm.tune.measure import relative_l2
+
+D = 128
+HEADS = ((32, 8), (32, 32))
+SIZES = (
+    *((1, n) for n in (1024, 4096, 32768, 131072)),
+    *((8, n) for n in (1024, 4096, 32768)),
+    *((32, n) for n in (1024, 8192)),
+)
+SETTINGS = ((2, 32), (2, 128), (4, 32))  # bits, group size
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+CACHED_BYTES = 2 << 30  # of one case's 16-bit caches, at most
+ROTATED_BYTES = 256 << 20  # of packed caches if possible, so that they exceed any L2 cache
+MAX_LAYERS = 64
+TOLERANCE = 5e-3
+REPEATS = 20
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shape and setting."""
+
+    heads: int
+    kv_heads: int
+    bits: int
+    group_size: int
+    batch: int
+    tokens: int
+
+    @property
+    def config(self) -> KiviConfig:
+        return KiviConfig(
+            D, self.heads, self.kv_heads, self.bits, self.bits, group_size=self.group_size
+        )
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that attention reads of packed tokens: codes, scales and zeros."""
+        bits = self.bits + 32 / self.group_size
+        return int(2 * self.batch * self.tokens * self.kv_heads * D * bits / 8)
+
+    @property
+    def full_bytes(self) -> int:
+        return 4 * self.batch * self.tokens * self.kv_heads * D
+
+    @property
+    def layers(self) -> int:
+        """Enough to exceed an L2 cache, within memory."""
+        wanted = -(-ROTATED_BYTES // self.packed_bytes)
+        return max(1, min(wanted, MAX_LAYERS, CACHED_BYTES // self.full_bytes))
+
+
+def graph_us(call: Call, count: int) -> float:
+    """Median time of a captured call, microseconds, divided by `count`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(REPEATS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / count)
+    return float(statistics.median(times[2:]))
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Normal numbers on the GPU."""
+    return torch.randn(*shape, dtype=dtype, device="cuda")
+
+
+def peer_us(case: Case) -> tuple[float, str]:
+    """Time per layer of PyTorch's attention after its cache was written, and the backend."""
+    shape = case.batch, case.kv_heads, case.tokens, D
+    layers = [(drawn(*shape), drawn(*shape)) for _ in range(case.layers)]
+    q, new = drawn(case.batch, case.heads, 1, D), drawn(case.batch, case.kv_heads, D)
+    grouped = q.view(case.batch, case.kv_heads, -1, D)  # query heads of a KV head as rows
+    found = []
+    for backend in BACKENDS:
+        for query, gqa in ((q, case.heads != case.kv_heads), (grouped, False)):
+
+            def step(query: torch.Tensor = query, gqa: bool = gqa) -> None:
+                for k, v in layers:
+                    k[:, :, -1], v[:, :, -1] = new, new
+                    scaled_dot_product_attention(query, k, v, enable_gqa=gqa)
+
+            with suppress(RuntimeError), sdpa_kernel(backend):  # a backend may not take it
+                found.append((graph_us(step, case.layers), backend.name))
+    return min(found)
+
+
+def filled(config: KiviConfig, layers: int, batch: int, tokens: int) -> Cache:
+    """A cache with random tokens in every layer."""
+    cache = build(config, "cuda").new_cache(num_layers=layers, batch_size=batch, device="cuda")
+    shape, dtype = (batch, config.H_kv, tokens, config.D), getattr(torch, config.dtype)
+    cache.begin(tokens)
+    for i in range(layers):
+        cache.layer(i).prefill(drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype))
+    return cache
+
+
+def error_of(cache: Cache) -> float:
+    """Relative L2 error of the first layer's step against float64 attention on what it stored."""
+    cfg, batch = cache.cfg, len(cache.lengths)
+    dtype = getattr(torch, cfg.dtype)
+    q, new = (drawn(batch, heads, cfg.D, dtype=dtype) for heads in (cfg.H, cfg.H_kv))
+    cache.begin(1)
+    outputs: list[Any] = [layer.decode(q, new, new) for layer in cache.layers]
+    k, v = cache.layer(0).dequantize()
+    k, v, q = k[:1].double(), v[:1].double(), q[:1].double()
+    want = scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=cfg.M > 1)
+    return relative_l2(outputs[0][:1].double(), want[:, :, 0])
+
+
+def ours_us(cache: Cache, case: Case) -> tuple[float, float]:
+    """Time per layer of a whole step, and of `attend` alone."""
+    q, new = drawn(case.batch, case.heads, D), drawn(case.batch, case.kv_heads, D)
+    out, kernels, space = torch.empty_like(q), cache.kernels, cache.workspace
+    scale = D**-0.5
+
+    def step() -> None:
+        cache.begin(1)
+        for i in range(case.layers):
+            cache.layer(i).decode(q, new, new, out=out)
+
+    def attend() -> None:
+        for i in range(case.layers):
+            arguments = cache.layer(i)._attend_args
+            kernels["attend"](*arguments, space.work, q, scale, *space.parts)
+
+    return graph_us(step, case.layers), graph_us(attend, case.layers)
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+def copy_gb_per_s() -> float:
+    """Bandwidth of copying 1 GiB: bytes read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(source)
+    return 2 * (1 << 30) / graph_us(lambda: copy.copy_(source), 1) / 1e3
+
+
+def cases() -> Iterator[Case]:
+    """Every case whose 16-bit cache fits."""
+    for heads, kv_heads in HEADS:
+        for bits, group_size in SETTINGS:
+            for batch, tokens in SIZES:
+                case = Case(heads, kv_heads, bits, group_size, batch, tokens)
+                if case.full_bytes <= CACHED_BYTES:
+                    yield case
+
+
+def measured(case: Case, bandwidth: float) -> dict[str, object]:
+    """Error and times of one case, and its peer's."""
+    peer, backend = peer_us(case)
+    # its next token is the last one of the case
+    cache = filled(case.config, case.layers, case.batch, case.tokens - 1)
+    error = error_of(cache)
+    found: dict[str, object] = {"error": error, "passed": error <= TOLERANCE}
+    if error <= TOLERANCE:
+        step, attend = ours_us(cache, case)
+        rate = case.packed_bytes / attend / 1e3
+        found |= {
+            "step_us": round(step, 2), "attend_us": round(attend, 2),
+            "peer_us": round(peer, 2), "peer": backend, "speedup": round(peer / step, 3),
+            "attend_gb_per_s": round(rate, 1), "share_of_copy": round(rate / bandwidth, 3),
+            "compute": cache.module.manifest["compute"],
+            "source": cache.module.manifest["sources"]["attend"],
+        }  # fmt: skip
+    return found
+
+
+def arguments(about: str | None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="JSONL file to write")
+    parser.add_argument("--commit", required=True, help="what is measured")
+    return parser.parse_args()
+
+
+def environment_of(commit: str, *names: str) -> dict[str, object]:
+    """Where and of what the figures are, with the versions of distributions."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+        "versions": {name: installed_version(name) for name in names},
+        "commit": commit,
+    }
+
+
+def main() -> None:
+    """Write one line per case."""
+    args = arguments(__doc__)
+    environment = environment_of(args.commit, "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
+    with args.output.open("w", encoding="utf-8") as file:
+        for case in cases():
+            bandwidth = copy_gb_per_s()
+            fields = {name: getattr(case, name) for name in case.__slots__} | {
+                "layers": case.layers, "copy_gb_per_s": round(bandwidth, 1),
+            }  # fmt: skip
+            record = fields | measured(case, bandwidth) | environment
+            print(json.dumps(record), file=file, flush=True)
+            print({x: y for x, y in record.items() if x not in environment}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
