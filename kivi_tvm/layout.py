@@ -19,6 +19,7 @@ NO_PAGE = -1
 BYTE_BITS = 8
 # In mode "half" a row is cut into so many parts before its parts become longer.
 SHORT_SPLITS = 8
+SHORT_PARTS = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +249,7 @@ def split_tokens(
     if key.compute != "half":
         return most
     found = most
-    for parts in (2, 4):
+    for parts in SHORT_PARTS:
         split = most // parts // HALF_PAGE_UNIT * HALF_PAGE_UNIT
         found = select(packed <= SHORT_SPLITS * split, split, found)
     return found

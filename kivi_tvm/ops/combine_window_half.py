@@ -136,26 +136,9 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                             q_near[0:M, 0:D],
                         )
                         T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
-                        q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
-                        q_pair = T.sblock_alloc_buffer((LANES, SPANS * LOADED // 2), "uint32")
                         ref = T.sblock_alloc_buffer((LANES, 2), "float32")
                         total = T.sblock_alloc_buffer((LANES, 2), "float32")
                         acc = T.sblock_alloc_buffer((LANES, PRODUCTS * 4), "float32")
-                        for s, lane, o in T.grid(SPANS, LANES, LOADED):
-                            with T.sblock("q_load"):
-                                vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
-                                run = T.meta_var(T.min(4 * vs + vl % 4, D // LOADED - 1))
-                                q_load[vl, vs, vo] = q_near[
-                                    T.min(vl // 4, M - 1), run * LOADED + vo
-                                ]
-                        for s, lane, i in T.grid(SPANS, LANES, LOADED // 2):
-                            with T.sblock("q_pair"):
-                                vs, vl, vp = T.axis.remap("SSS", [s, lane, i])
-                                q_pair[vl, vs * (LOADED // 2) + vp] = T.Select(
-                                    4 * vs + vl % 4 < D // LOADED,
-                                    pair_of(q_load[vl, vs, 2 * vp], q_load[vl, vs, 2 * vp + 1]),
-                                    T.uint32(0),
-                                )
                         start(ref, total, acc)
                         for c in T.serial(
                             T.max(0, T.ceildiv(T.ceildiv(count[0], TOKENS) - vw, WARPS))
@@ -168,7 +151,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                     slot[0],
                                     oldest[0],
                                     count[0],
-                                    q_pair[0:LANES, 0 : SPANS * LOADED // 2],
+                                    q_near[0:M, 0:D],
                                 )
                                 # Declared as written only: an update in place is not scheduled.
                                 T.writes(
@@ -177,6 +160,10 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                     acc[0:LANES, 0 : PRODUCTS * 4],
                                 )
                                 before = T.meta_var((vc * WARPS + vw) * TOKENS)
+                                q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
+                                q_pair = T.sblock_alloc_buffer(
+                                    (LANES, SPANS * LOADED // 2), "uint32"
+                                )
                                 k_near = T.sblock_alloc_buffer((LANES, SPANS, 2, LOADED), dtype)
                                 v_near = T.sblock_alloc_buffer((LANES, BLOCKS, 4, APART), dtype)
                                 dot = T.sblock_alloc_buffer((LANES, DOT_SUMS * 4), "float32")
@@ -192,16 +179,23 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                         k_near[vl, vs, vx, vo] = k_ring[
                                             slot[0], kv, at, run * LOADED + vo
                                         ]
-                                for y, r, lane, o in T.grid(BLOCKS, 4, LANES, APART):
-                                    with T.sblock("v_near"):
-                                        vy, vr, vl, vo = T.axis.remap("SSSS", [y, r, lane, o])
-                                        token = T.meta_var(
-                                            before + vl % 4 * 2 + vr % 2 + vr // 2 * QUERIES
-                                        )
-                                        at = T.meta_var(slot_of(oldest[0], count[0], token, ring))
-                                        v_near[vl, vy, vr, vo] = v_ring[
-                                            slot[0], kv, at, (vy * QUERIES + vl // 4) * APART + vo
+                                for s, lane, o in T.grid(SPANS, LANES, LOADED):
+                                    with T.sblock("q_load"):
+                                        vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
+                                        run = T.meta_var(T.min(4 * vs + vl % 4, D // LOADED - 1))
+                                        q_load[vl, vs, vo] = q_near[
+                                            T.min(vl // 4, M - 1), run * LOADED + vo
                                         ]
+                                for s, lane, i in T.grid(SPANS, LANES, LOADED // 2):
+                                    with T.sblock("q_pair"):
+                                        vs, vl, vp = T.axis.remap("SSS", [s, lane, i])
+                                        q_pair[vl, vs * (LOADED // 2) + vp] = T.Select(
+                                            4 * vs + vl % 4 < D // LOADED,
+                                            pair_of(
+                                                q_load[vl, vs, 2 * vp], q_load[vl, vs, 2 * vp + 1]
+                                            ),
+                                            T.uint32(0),
+                                        )
                                 for lane, e in T.grid(LANES, DOT_SUMS * 4):
                                     with T.sblock("dot_start"):
                                         vl, ve = T.axis.remap("SS", [lane, e])
@@ -235,6 +229,16 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                             * (scale * T.float32(LOG2_E)),
                                             T.min_value("float32"),
                                         )
+                                for y, r, lane, o in T.grid(BLOCKS, 4, LANES, APART):
+                                    with T.sblock("v_near"):
+                                        vy, vr, vl, vo = T.axis.remap("SSSS", [y, r, lane, o])
+                                        token = T.meta_var(
+                                            before + vl % 4 * 2 + vr % 2 + vr // 2 * QUERIES
+                                        )
+                                        at = T.meta_var(slot_of(oldest[0], count[0], token, ring))
+                                        v_near[vl, vy, vr, vo] = v_ring[
+                                            slot[0], kv, at, (vy * QUERIES + vl // 4) * APART + vo
+                                        ]
                                 softmax(
                                     score, lambda lane: T.float32(0), ref, total, acc, keep,
                                     prob_pair,

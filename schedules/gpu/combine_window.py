@@ -70,8 +70,11 @@ def shared_bytes(key: KernelKey, rows: int) -> int:
 
 
 def min_blocks(key: KernelKey) -> int:
-    """Registers for two: a thread holds 32 elements of keys and of values, or more."""
-    return 2
+    """Registers for two: a thread holds 32 elements of keys and of values, or more.
+
+    For one alone, where warps hold tokens of wide heads, or in the smallest of loads.
+    """
+    return combine_window_half.min_blocks(key) if key.compute == "half" else 2
 
 
 def combine_window(sch: Schedule, hardware: Hardware) -> None:

@@ -7,7 +7,7 @@ from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.combine_window_half import WARPS
-from kivi_tvm.ops.fragments import QUERIES
+from kivi_tvm.ops.fragments import QUERIES, FullTile
 from kivi_tvm.ops.merge_parts import CHUNK_PARTS, PART_SUMS
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE
@@ -36,16 +36,22 @@ WIDE_HEAD = 128  # beyond it the sums of partial results take the registers of t
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """Rows of a tile share the window, and the sums of partial results take registers for each."""
-    options = sorted({min(n, key.rows) for n in ROW_TILES})
+    fits = [n for n in ROW_TILES if shared_bytes(key, n, WARPS) <= hardware.dynamic_bytes]
+    options = sorted({min(n, key.rows) for n in fits})
     default = min(4 if key.head_dim <= WIDE_HEAD else 2, options[-1])
-    fits = [n for n in (2, 4, 8) if shared_bytes(key, options[-1], n) <= hardware.dynamic_bytes]
-    return {"row_tile": (options, default), "warps": (fits, min(WARPS, fits[-1]))}
+    return {"row_tile": (options, default), "warps": ((2, 4, WARPS), WARPS)}
 
 
 def shared_bytes(key: KernelKey, rows: int, warps: int) -> int:
     """Shared memory of a work-group: what warps have, and of partial results."""
     rows, D = min(rows, QUERIES), key.head_dim
     return 4 * rows * ((warps + PART_SUMS + 5) * D + 2 * CHUNK_PARTS + 2 * warps)
+
+
+def min_blocks(key: KernelKey) -> int:
+    """Two where registers suffice: wide heads take more of them, and many addresses do."""
+    wide = key.head_dim > WIDE_HEAD
+    return 1 if wide or FullTile(key.head_dim).channels_apart == 2 else 2
 
 
 def attend_by_warps(sch: Schedule, hardware: Hardware) -> WorkGroup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.schedules.threads import (
+    FEW_WARPS,
     WorkGroup,
     over_groups,
     over_last,
@@ -18,7 +19,7 @@ from kivi_tvm.targets import Hardware
 
 def quantize_value(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `quantize_value` for work-groups."""
-    group = work_group(sch, hardware)
+    group = work_group(sch, hardware, FEW_WARPS)
     # what is read twice comes from the cache the second time
     sch.compute_inline(sch.get_sblock("load"))
     value_token(sch, group)
