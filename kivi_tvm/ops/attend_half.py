@@ -8,8 +8,6 @@ of every probability with its token's scale, and is as large as can be.
 
 from __future__ import annotations
 
-from functools import reduce
-
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
@@ -19,12 +17,14 @@ from kivi_tvm.ops.fragments import CODE_UNIT, LANES, QUERIES, TOKENS, HalfTile
 from kivi_tvm.ops.online_softmax import row_tiles
 from kivi_tvm.ops.regions import ALL, regions
 from kivi_tvm.ops.softmax_half import (
-    add,
+    highest,
+    joined,
     lift_blocks,
     query_blocks,
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
+    warp_stat_block,
     zero_acc_blocks,
 )
 from kivi_tvm.ops.staged_tile import (
@@ -60,17 +60,10 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     start_zeros, bring_zeros = zero_acc_blocks()
     scores, outputs = score_blocks(key), output_blocks(key)
     softmax = softmax_half_blocks(X, PRODUCTS)
-    sum_up, arrive, cleared = total_blocks(), arrive_block("arrive"), arrive_block("cleared")
+    sum_up, store_stat = total_blocks(), warp_stat_block(M)
+    arrive, cleared = arrive_block("arrive"), arrive_block("cleared")
     *_, of_token, _ = staged_arrays(key)
     no_scale, no_zero = (clear_tail_block(name, of_token) for name in ("no_scale", "no_zero"))
-
-    def highest(warp_ref, m):
-        """The reference of a query that all warps' results are brought to."""
-        return reduce(T.max, [warp_ref[warp, m] for warp in range(WARPS)])
-
-    def joined(warp_ref, top, m, part):
-        """The sum of what the warps have, for that reference."""
-        return reduce(add, [part(warp) * T.exp2(warp_ref[warp, m] - top) for warp in range(WARPS)])
 
     @T.prim_func(s_tir=True)
     def attend(
@@ -292,12 +285,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 )  # fmt: skip
                         totals = T.sblock_alloc_buffer((LANES, 2), "float32")
                         sum_up(total, totals)
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("warp_stat"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                T.where(lane % 4 * 2 + e < M)
-                                warp_ref[vw, vl % 4 * 2 + ve] = ref[vl, ve]
-                                warp_sum[vw, vl % 4 * 2 + ve] = totals[vl, ve]
+                        store_stat(ref, totals, vw, warp_ref, warp_sum)
                         zero_of = T.sblock_alloc_buffer((LANES, N_v, 2), "float32")
                         for g, lane, e in T.grid(N_v, LANES, 2):
                             with T.sblock("zero_of"):
@@ -320,17 +308,17 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                 for m in range(M):
                     with T.sblock("store_stat"):
                         vm = T.axis.spatial(M, m)
-                        top = T.meta_var(highest(warp_ref, vm))
+                        top = T.meta_var(highest(WARPS, warp_ref, vm))
                         part_stat[b, row + vm, work[vi, 1], 0] = top
                         part_stat[b, row + vm, work[vi, 1], 1] = joined(
-                            warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
+                            WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
                         )
                 for m, d in T.grid(M, D):
                     with T.sblock("store_acc"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        top = T.meta_var(highest(warp_ref, vm))
+                        top = T.meta_var(highest(WARPS, warp_ref, vm))
                         part_acc[b, row + vm, work[vi, 1], vd] = joined(
-                            warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
+                            WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
                         )
 
     return attend

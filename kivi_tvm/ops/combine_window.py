@@ -21,6 +21,7 @@ from kivi_tvm.ops.online_softmax import (
     start_blocks,
 )
 from kivi_tvm.ops.regions import regions
+from kivi_tvm.ops.ring import slot_of
 
 CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
 MAX_CHUNK_TOKENS = 128
@@ -60,11 +61,6 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
     C, SUMS = chunk_tokens(key), TOKEN_SUMS
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     merge, fold, finish = merge_blocks(M, D), part_blocks(M, D), result_blocks(M, D, dtype)
-
-    def slot_of(oldest, count, token, ring):
-        """Where a token of the window is in the ring; the last one where there is none."""
-        at = oldest + T.min(token, count - 1)
-        return at - T.Select(at >= ring, ring, 0)
 
     @T.prim_func(s_tir=True)
     def combine_window(

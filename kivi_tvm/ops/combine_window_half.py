@@ -6,8 +6,6 @@ float32. Probabilities are rounded to the cache's dtype once, as its output is.
 
 from __future__ import annotations
 
-from functools import reduce
-
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
@@ -16,7 +14,15 @@ from kivi_tvm.ops.contract_half import mma_block
 from kivi_tvm.ops.fragments import LANES, QUERIES, ROWS, FullTile, pair_of
 from kivi_tvm.ops.merge_parts import part_blocks, result_blocks
 from kivi_tvm.ops.online_softmax import LOG2_E, row_tiles
-from kivi_tvm.ops.softmax_half import add, softmax_half_blocks, start_half_blocks, total_blocks
+from kivi_tvm.ops.ring import slot_of
+from kivi_tvm.ops.softmax_half import (
+    highest,
+    joined,
+    softmax_half_blocks,
+    start_half_blocks,
+    total_blocks,
+    warp_stat_block,
+)
 
 WARPS = 8
 TOKENS = ROWS  # of a tile
@@ -38,20 +44,8 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
     )  # fmt: skip
     dot_mma, out_mma = mma_block("dot", dtype), mma_block("out_of_values", dtype)
     start, softmax = start_half_blocks(PRODUCTS), softmax_half_blocks(MATRICES, PRODUCTS, dtype)
-    sum_up, fold, finish = total_blocks(), part_blocks(M, D), result_blocks(M, D, dtype)
-
-    def slot_of(oldest, count, token, ring):
-        """Where a token of the window is in the ring; the last one where there is none."""
-        at = oldest + T.min(token, count - 1)
-        return at - T.Select(at >= ring, ring, 0)
-
-    def highest(warp_ref, m):
-        """The reference of a query that all warps' results are brought to."""
-        return reduce(T.max, [warp_ref[warp, m] for warp in range(WARPS)])
-
-    def joined(warp_ref, top, m, part):
-        """The sum of what the warps have, for that reference."""
-        return reduce(add, [part(warp) * T.exp2(warp_ref[warp, m] - top) for warp in range(WARPS)])
+    sum_up, store_stat = total_blocks(), warp_stat_block(M)
+    fold, finish = part_blocks(M, D), result_blocks(M, D, dtype)
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -264,12 +258,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                         )
                         totals = T.sblock_alloc_buffer((LANES, 2), "float32")
                         sum_up(total, totals)
-                        for lane, e in T.grid(LANES, 2):
-                            with T.sblock("warp_stat"):
-                                vl, ve = T.axis.remap("SS", [lane, e])
-                                T.where(lane % 4 * 2 + e < M)
-                                warp_ref[vw, vl % 4 * 2 + ve] = ref[vl, ve]
-                                warp_sum[vw, vl % 4 * 2 + ve] = totals[vl, ve]
+                        store_stat(ref, totals, vw, warp_ref, warp_sum)
                         for t, lane, e in T.grid(PRODUCTS, LANES, 4):
                             with T.sblock("warp_acc"):
                                 vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
@@ -282,15 +271,17 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                 for m in range(M):
                     with T.sblock("run_stat"):
                         vm = T.axis.spatial(M, m)
-                        top = T.meta_var(highest(warp_ref, vm))
+                        top = T.meta_var(highest(WARPS, warp_ref, vm))
                         run_max[vm] = top
-                        run_sum[vm] = joined(warp_ref, top, vm, lambda warp: warp_sum[warp, vm])
+                        run_sum[vm] = joined(
+                            WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
+                        )
                 for m, d in T.grid(M, D):
                     with T.sblock("run_acc"):
                         vm, vd = T.axis.remap("SS", [m, d])
-                        top = T.meta_var(highest(warp_ref, vm))
+                        top = T.meta_var(highest(WARPS, warp_ref, vm))
                         run_acc[vm, vd] = joined(
-                            warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
+                            WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
                         )
                 # Nothing before this reads what `attend` writes. As mathematics it is nothing.
                 attended = T.sblock_alloc_buffer((1,), "uint32")

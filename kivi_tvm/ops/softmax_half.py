@@ -7,6 +7,7 @@ lanes of its `c` all rows. What is subtracted from scores is called their refere
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from tvm.script import tirx as T
@@ -310,3 +311,28 @@ def total_blocks():
         of_8(quarters, totals)
 
     return sum_up
+
+
+def warp_stat_block(M: int):
+    """What a warp has of its `M` queries, where all warps' results are joined."""
+
+    @T.macro
+    def store(ref, totals, warp, warp_ref, warp_sum):
+        for lane, e in T.grid(LANES, 2):
+            with T.sblock("warp_stat"):
+                vl, ve = T.axis.remap("SS", [lane, e])
+                T.where(lane % 4 * 2 + e < M)
+                warp_ref[warp, vl % 4 * 2 + ve] = ref[vl, ve]
+                warp_sum[warp, vl % 4 * 2 + ve] = totals[vl, ve]
+
+    return store
+
+
+def highest(warps: int, warp_ref: Any, query: Any) -> Any:
+    """The reference of a query that all warps' results are brought to."""
+    return reduce(T.max, [warp_ref[warp, query] for warp in range(warps)])
+
+
+def joined(warps: int, warp_ref: Any, top: Any, query: Any, part: Callable[[int], Any]) -> Any:
+    """The sum of what the warps have, `part(warp)`, for that reference."""
+    return reduce(add, [part(warp) * T.exp2(warp_ref[warp, query] - top) for warp in range(warps)])

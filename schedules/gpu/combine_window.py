@@ -86,7 +86,8 @@ def combine_window(sch: Schedule, hardware: Hardware) -> None:
     keep_local(sch, "attended")
     if hardware.early_launch:
         sch.tensorize(sch.get_sblock("attended"), wait())
-    sum_by_threads(sch, *map(sch.get_sblock, PART_SUM), group)
+    parts, part_loads, part_total = map(sch.get_sblock, PART_SUM)
+    sum_by_threads(sch, parts, part_loads, part_total, group)
     for name in ("part_max", "part_sum"):
         reduce_by_warps(sch, sch.get_sblock(name), group)
     for name in OF_PARTS:
@@ -102,7 +103,8 @@ def attend_by_threads(sch: Schedule) -> WorkGroup:
     lanes = lanes_of(channels // wide(sch, loads) * LOAD_BYTES)
     group = WorkGroup(THREADS // lanes, lanes)
     dot_by_lanes(sch, sch.get_sblock("dot"), loads, group)
-    sum_by_threads(sch, *map(sch.get_sblock, WINDOW_SUMS), group)
+    sums, value_loads, total = map(sch.get_sblock, WINDOW_SUMS)
+    sum_by_threads(sch, sums, value_loads, total, group)
     for name in ("max", "sum"):
         reduce_by_warps(sch, sch.get_sblock(name), group)
     for name in OF_WINDOW:
