@@ -40,7 +40,7 @@ __device__ __forceinline__ float kivi_tvm_exp2(float x) {
 # What CUDA loads so many bytes as, and the types in which TVM writes such vectors.
 LOADED = {16: "uint4", 8: "uint2", 4: "unsigned"}
 WRITTEN = {
-    "float32x4": "float4", "float16x4": "half4", "float16x2": "half2",
+    "float32x4": "float4", "float32x2": "float2", "float16x4": "half4", "float16x2": "half2",
     "bfloat16x4": "nv_bfloat164", "bfloat16x2": "nv_bfloat162",
 }  # fmt: skip
 LOAD_SOURCE = """

@@ -46,6 +46,7 @@ struct nv_bfloat16 {
     return x;
   }
 };
+static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldcg(const T* from) { return *from; }
 struct nv_bfloat162 { nv_bfloat16 x, y; };

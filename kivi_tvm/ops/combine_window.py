@@ -1,18 +1,21 @@
 """Attend to the window and merge the partial results of the splits: the end of a decode step.
 
 `attend_window` and `combine` in one function, for devices on which a launch costs more than either:
-the window of a row is one chunk after the other, and so are the splits' partial results
-(`merge_parts.py`).
+the window of a row is one chunk after the other, and so are the splits' partial results, each as
+if it were a token whose weight is its sum and whose value is its accumulator:
+
+    m = max_x m_x,  l = sum_x l_x 2^(m_x - m),  out = sum_x acc_x 2^(m_x - m) / l
 """
 
 from __future__ import annotations
+
+import math
 
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import DTYPE_BYTES, LENGTH, PACKED_VALUES, split_tokens
 from kivi_tvm.ops.combine_window_half import WARPS, combine_window_half
-from kivi_tvm.ops.merge_parts import part_blocks, result_blocks
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
@@ -25,7 +28,9 @@ from kivi_tvm.ops.ring import slot_of
 
 CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
 MAX_CHUNK_TOKENS = 128
-TOKEN_SUMS = 16  # a chunk is summed in so many sums of every so many-th
+CHUNK_PARTS = 32  # partial results
+# A chunk is summed in so many sums of every so many-th, which are summed in the end.
+TOKEN_SUMS, PART_SUMS = 16, 8
 
 
 def chunk_tokens(key: KernelKey) -> int:
@@ -58,9 +63,9 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
         return combine_window_half(key, row_tile, warps or WARPS)
     D, dtype, tiles = key.head_dim, key.dtype, row_tiles(key, row_tile)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
-    C, SUMS = chunk_tokens(key), TOKEN_SUMS
+    C, X_C, SUMS, X_SUMS = chunk_tokens(key), CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
-    merge, fold, finish = merge_blocks(M, D), part_blocks(M, D), result_blocks(M, D, dtype)
+    merge, merge_parts = merge_blocks(M, D), merge_blocks(M, D, "_parts")
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -116,6 +121,10 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
                 chunk_acc = T.sblock_alloc_buffer((M, D), "float32")
                 run = T.meta_var((run_max, run_sum, run_acc))
                 chunk = T.meta_var((chunk_max, chunk_sum, chunk_acc))
+                part_max = T.sblock_alloc_buffer((M,), "float32")
+                part_sum = T.sblock_alloc_buffer((M,), "float32")
+                parts_acc = T.sblock_alloc_buffer((M, D), "float32")
+                part = T.meta_var((part_max, part_sum, parts_acc))
                 with T.sblock("slot"):
                     slot[0] = T.max(slots[vb], 0)
                 with T.sblock("oldest"):
@@ -211,7 +220,95 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
                     T.reads()
                     T.writes(attended[0])
                     attended[0] = T.uint32(1)
-                fold(part_acc, part_stat, vb, first, entries, run_max, run_sum, run_acc)
-                finish(run_max, run_sum, run_acc, out, lse, vb, first)
+                for c in T.serial(T.ceildiv(entries[0], X_C)):
+                    with T.sblock("parts"):
+                        vc = T.axis.opaque(T.ceildiv(X, X_C), c)
+                        T.reads(
+                            part_acc[vb, first : first + M, 0:X, 0:D],
+                            part_stat[vb, first : first + M, 0:X, 0:2],
+                            entries[0],
+                        )
+                        T.writes(*regions(part))
+                        level = T.sblock_alloc_buffer((M, X_C), "float32")
+                        weight = T.sblock_alloc_buffer((M, X_C), "float32")
+                        part_near = T.sblock_alloc_buffer((X_SUMS, M, X_C // X_SUMS, D), "float32")
+                        parts = T.sblock_alloc_buffer((X_SUMS, M, D), "float32")
+                        for s, m, j, d in T.grid(X_SUMS, M, X_C // X_SUMS, D):
+                            with T.sblock("part_near"):
+                                vs, vm, vj, vd = T.axis.remap("SSSS", [s, m, j, d])
+                                entry = T.meta_var(vc * X_C + vj * X_SUMS + vs)
+                                part_near[vs, vm, vj, vd] = T.if_then_else(
+                                    entry < entries[0],
+                                    part_acc[vb, first + vm, entry, vd],
+                                    T.float32(0),
+                                )
+                        for m, x in T.grid(M, X_C):
+                            with T.sblock("level"):
+                                vm, vx = T.axis.remap("SS", [m, x])
+                                level[vm, vx] = T.if_then_else(
+                                    vc * X_C + vx < entries[0],
+                                    part_stat[vb, first + vm, vc * X_C + vx, 0],
+                                    T.min_value("float32"),
+                                )
+                        for m, x in T.grid(M, X_C):
+                            with T.sblock("part_max"):
+                                vm, vx = T.axis.remap("SR", [m, x])
+                                with T.init():
+                                    part_max[vm] = T.min_value("float32")
+                                part_max[vm] = T.max(part_max[vm], level[vm, vx])
+                        for m, x in T.grid(M, X_C):
+                            with T.sblock("weight"):
+                                vm, vx = T.axis.remap("SS", [m, x])
+                                weight[vm, vx] = T.Select(
+                                    vc * X_C + vx < entries[0],
+                                    T.exp2(level[vm, vx] - part_max[vm]),
+                                    T.float32(0),
+                                )
+                        for m, x in T.grid(M, X_C):
+                            with T.sblock("part_sum"):
+                                vm, vx = T.axis.remap("SR", [m, x])
+                                with T.init():
+                                    part_sum[vm] = T.float32(0)
+                                part_sum[vm] += (
+                                    weight[vm, vx]
+                                    * part_stat[
+                                        vb, first + vm, T.min(vc * X_C + vx, entries[0] - 1), 1
+                                    ]
+                                )
+                        for s, m, d, j in T.grid(X_SUMS, M, D, X_C // X_SUMS):
+                            with T.sblock("parts_of"):
+                                vs, vm, vd, vj = T.axis.remap("SSSR", [s, m, d, j])
+                                with T.init():
+                                    parts[vs, vm, vd] = T.float32(0)
+                                parts[vs, vm, vd] += (
+                                    weight[vm, vj * X_SUMS + vs] * part_near[vs, vm, vj, vd]
+                                )
+                        for m, d, s in T.grid(M, D, X_SUMS):
+                            with T.sblock("parts_acc"):
+                                vm, vd, vs = T.axis.remap("SSR", [m, d, s])
+                                with T.init():
+                                    parts_acc[vm, vd] = T.float32(0)
+                                parts_acc[vm, vd] += parts[vs, vm, vd]
+                    with T.sblock("merge_parts"):
+                        T.reads(*regions((*run, *part)))
+                        T.writes(*regions(run))
+                        merge_parts(run_max, run_sum, run_acc, part_max, part_sum, parts_acc)
+                for m, d in T.grid(M, D):
+                    with T.sblock("out"):
+                        vm, vd = T.axis.remap("SS", [m, d])
+                        out[vb, first + vm, vd] = T.Cast(
+                            dtype,
+                            T.Select(
+                                run_sum[vm] == T.float32(0),
+                                T.float32(0),
+                                run_acc[vm, vd] / run_sum[vm],
+                            ),
+                        )
+                for m in range(M):
+                    with T.sblock("lse"):
+                        vm = T.axis.spatial(M, m)
+                        lse[vb, first + vm] = (run_max[vm] + T.log2(run_sum[vm])) * T.float32(
+                            math.log(2)
+                        )
 
     return combine_window

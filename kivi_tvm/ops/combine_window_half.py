@@ -6,16 +6,19 @@ float32. Probabilities are rounded to the cache's dtype once, as its output is.
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import LENGTH, PACKED_VALUES, split_tokens
 from kivi_tvm.ops.contract_half import mma_block
 from kivi_tvm.ops.fragments import LANES, QUERIES, ROWS, FullTile, pair_of
-from kivi_tvm.ops.merge_parts import part_blocks, result_blocks
 from kivi_tvm.ops.online_softmax import LOG2_E, row_tiles
 from kivi_tvm.ops.ring import slot_of
 from kivi_tvm.ops.softmax_half import (
+    add,
     highest,
     joined,
     softmax_half_blocks,
@@ -28,7 +31,122 @@ WARPS = 8
 TOKENS = ROWS  # of a tile
 MATRICES = TOKENS // QUERIES
 LOADED = 8  # channels of a key that a lane loads at once
+PARTS = 2  # partial results that a warp loads at once
 DOT_SUMS = 2  # products in a row go into different sums: none waits for the one before
+
+
+def part_blocks(tile: FullTile, M: int, warps: int):
+    """Fold every so many-th partial result into the state of a warp, as if it were a token.
+
+    Its weight is its sum, its value its accumulator:
+
+        m = max_x m_x,  l = sum_x l_x 2^(m_x - m),  acc = sum_x acc_x 2^(m_x - m)
+    """
+    D, N, BLOCKS, APART = tile.head_dim, PARTS, tile.value_blocks, tile.channels_apart
+
+    def folded(combine, first, of_part):
+        """What there is combined with something of every part that is loaded at once."""
+        return reduce(combine, map(of_part, range(N)), first)
+
+    @T.macro
+    def fold(part_acc, part_stat, row, first, entries, warp, ref, total, acc):
+        X = T.meta_var(part_acc.shape[2])
+        for c in T.serial(T.max(0, T.ceildiv(T.ceildiv(entries[0] - warp, warps), N))):
+            with T.sblock("parts"):
+                vc = T.axis.opaque(T.ceildiv(X, warps * N), c)
+                T.reads(
+                    part_acc[row, first : first + M, 0:X, 0:D],
+                    part_stat[row, first : first + M, 0:X, 0:2],
+                    entries[0],
+                )
+                # Declared as written only: an update in place is not scheduled.
+                T.writes(
+                    ref[0:LANES, 0:2],
+                    total[0:LANES, 0:2],
+                    acc[0:LANES, 0 : tile.value_rows * 4],
+                )
+                level = T.sblock_alloc_buffer((LANES, N, 2), "float32")
+                mass = T.sblock_alloc_buffer((LANES, N, 2), "float32")
+                near = T.sblock_alloc_buffer((LANES, N, 2, BLOCKS, APART), "float32")
+                part_ref = T.sblock_alloc_buffer((LANES, 2), "float32")
+                part_keep = T.sblock_alloc_buffer((LANES, 2), "float32")
+                part_gain = T.sblock_alloc_buffer((LANES, N, 2), "float32")
+                for n, e, y, lane, o in T.grid(N, 2, BLOCKS, LANES, APART):
+                    with T.sblock("near"):
+                        vn, ve, vy, vl, vo = T.axis.remap("SSSSS", [n, e, y, lane, o])
+                        entry = T.meta_var((vc * N + vn) * warps + warp)
+                        query = T.meta_var(vl % 4 * 2 + ve)
+                        near[vl, vn, ve, vy, vo] = T.if_then_else(
+                            T.And(entry < entries[0], query < M),
+                            part_acc[
+                                row, first + query, entry, (vy * QUERIES + vl // 4) * APART + vo
+                            ],
+                            T.float32(0),
+                        )
+                for n, e, lane in T.grid(N, 2, LANES):
+                    with T.sblock("level"):
+                        vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
+                        entry = T.meta_var((vc * N + vn) * warps + warp)
+                        query = T.meta_var(vl % 4 * 2 + ve)
+                        level[vl, vn, ve] = T.if_then_else(
+                            T.And(entry < entries[0], query < M),
+                            part_stat[row, first + query, entry, 0],
+                            T.min_value("float32"),
+                        )
+                # The lanes `g` of a query sum up in the end: the first has it for all.
+                for n, e, lane in T.grid(N, 2, LANES):
+                    with T.sblock("part_mass"):
+                        vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
+                        entry = T.meta_var((vc * N + vn) * warps + warp)
+                        query = T.meta_var(vl % 4 * 2 + ve)
+                        mass[vl, vn, ve] = T.if_then_else(
+                            T.And(T.And(entry < entries[0], query < M), vl // 4 == 0),
+                            part_stat[row, first + query, entry, 1],
+                            T.float32(0),
+                        )
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("part_ref"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        part_ref[vl, ve] = folded(T.max, ref[vl, ve], lambda n: level[vl, n, ve])
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("part_keep"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        part_keep[vl, ve] = T.exp2(ref[vl, ve] - part_ref[vl, ve])
+                for n, lane, e in T.grid(N, LANES, 2):
+                    with T.sblock("part_gain"):
+                        vn, vl, ve = T.axis.remap("SSS", [n, lane, e])
+                        part_gain[vl, vn, ve] = T.exp2(level[vl, vn, ve] - part_ref[vl, ve])
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("part_total"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        T.reads(part_keep[vl, ve], mass[vl, 0:N, ve], part_gain[vl, 0:N, ve])
+                        T.writes(total[vl, ve])
+                        total[vl, ve] = folded(
+                            add,
+                            total[vl, ve] * part_keep[vl, ve],
+                            lambda n: mass[vl, n, ve] * part_gain[vl, n, ve],
+                        )
+                for t, lane, e in T.grid(tile.value_rows, LANES, 4):
+                    with T.sblock("part_acc"):
+                        vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
+                        y, o = T.meta_var((tile.block(vt), tile.place(vt, ve // 2)))
+                        T.reads(
+                            part_keep[vl, ve % 2],
+                            near[vl, 0:N, ve % 2, y, o],
+                            part_gain[vl, 0:N, ve % 2],
+                        )
+                        T.writes(acc[vl, vt * 4 + ve])
+                        acc[vl, vt * 4 + ve] = folded(
+                            add,
+                            acc[vl, vt * 4 + ve] * part_keep[vl, ve % 2],
+                            lambda n: near[vl, n, ve % 2, y, o] * part_gain[vl, n, ve % 2],
+                        )
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("keep_part_ref"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        ref[vl, ve] = part_ref[vl, ve]
+
+    return fold
 
 
 def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int = WARPS):
@@ -45,7 +163,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
     dot_mma, out_mma = mma_block("dot", dtype), mma_block("out_of_values", dtype)
     start, softmax = start_half_blocks(PRODUCTS), softmax_half_blocks(MATRICES, PRODUCTS, dtype)
     sum_up, store_stat = total_blocks(), warp_stat_block(M)
-    fold, finish = part_blocks(M, D), result_blocks(M, D, dtype)
+    fold_parts = part_blocks(tile, M, WARPS)
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -96,9 +214,6 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                 warp_ref = T.sblock_alloc_buffer((WARPS, M), "float32")
                 warp_sum = T.sblock_alloc_buffer((WARPS, M), "float32")
                 warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
-                run_max = T.sblock_alloc_buffer((M,), "float32")
-                run_sum = T.sblock_alloc_buffer((M,), "float32")
-                run_acc = T.sblock_alloc_buffer((M, D), "float32")
                 with T.sblock("slot"):
                     slot[0] = T.max(slots[vb], 0)
                 with T.sblock("oldest"):
@@ -127,7 +242,10 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                             slot[0],
                             oldest[0],
                             count[0],
+                            entries[0],
                             q_near[0:M, 0:D],
+                            part_acc[vb, first : first + M, 0:X, 0:D],
+                            part_stat[vb, first : first + M, 0:X, 0:2],
                         )
                         T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
                         ref = T.sblock_alloc_buffer((LANES, 2), "float32")
@@ -256,6 +374,13 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                             lambda lane, r: v_pair[lane, r],
                                             lambda lane, r: prob_pair[lane, r],
                                         )
+                        # Nothing before this reads what `attend` writes; no mathematics.
+                        attended = T.sblock_alloc_buffer((1,), "uint32")
+                        with T.sblock("attended"):
+                            T.reads()
+                            T.writes(attended[0])
+                            attended[0] = T.uint32(1)
+                        fold_parts(part_acc, part_stat, vb, first, entries, vw, ref, total, acc)
                         totals = T.sblock_alloc_buffer((LANES, 2), "float32")
                         sum_up(total, totals)
                         store_stat(ref, totals, vw, warp_ref, warp_sum)
@@ -268,28 +393,26 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                     vl % 4 * 2 + ve % 2,
                                     tile.channel(vt, vl // 4 + ve // 2 * 8),
                                 ] = acc[vl, vt * 4 + ve]
-                for m in range(M):
-                    with T.sblock("run_stat"):
-                        vm = T.axis.spatial(M, m)
-                        top = T.meta_var(highest(WARPS, warp_ref, vm))
-                        run_max[vm] = top
-                        run_sum[vm] = joined(
-                            WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
-                        )
                 for m, d in T.grid(M, D):
-                    with T.sblock("run_acc"):
+                    with T.sblock("out"):
                         vm, vd = T.axis.remap("SS", [m, d])
                         top = T.meta_var(highest(WARPS, warp_ref, vm))
-                        run_acc[vm, vd] = joined(
-                            WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
+                        mass = T.meta_var(
+                            joined(WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm])
                         )
-                # Nothing before this reads what `attend` writes. As mathematics it is nothing.
-                attended = T.sblock_alloc_buffer((1,), "uint32")
-                with T.sblock("attended"):
-                    T.reads()
-                    T.writes(attended[0])
-                    attended[0] = T.uint32(1)
-                fold(part_acc, part_stat, vb, first, entries, run_max, run_sum, run_acc)
-                finish(run_max, run_sum, run_acc, out, lse, vb, first)
+                        found = T.meta_var(
+                            joined(WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd])
+                        )
+                        out[vb, first + vm, vd] = T.Cast(
+                            dtype, T.Select(mass == T.float32(0), T.float32(0), found / mass)
+                        )
+                for m in range(M):
+                    with T.sblock("lse"):
+                        vm = T.axis.spatial(M, m)
+                        top = T.meta_var(highest(WARPS, warp_ref, vm))
+                        mass = T.meta_var(
+                            joined(WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm])
+                        )
+                        lse[vb, first + vm] = (top + T.log2(mass)) * T.float32(math.log(2))
 
     return combine_window

@@ -8,12 +8,10 @@ from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import DTYPE_BYTES
-from kivi_tvm.ops.combine_window import TOKEN_SUMS, chunk_tokens
-from kivi_tvm.ops.merge_parts import CHUNK_PARTS, PART_SUMS
+from kivi_tvm.ops.combine_window import CHUNK_PARTS, PART_SUMS, TOKEN_SUMS, chunk_tokens
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.gpu import combine_window_half
-from kivi_tvm.schedules.gpu.combine_window_half import attend_by_warps
 from kivi_tvm.schedules.primitives import extent_of, has_block
 from kivi_tvm.schedules.thread_sums import LOAD_BYTES, dot_by_lanes, sum_by_threads, wide
 from kivi_tvm.schedules.threads import (
@@ -27,20 +25,18 @@ from kivi_tvm.schedules.threads import (
 from kivi_tvm.targets import Hardware
 
 SCALARS = "slot", "oldest", "count", "entries"
-OF_WINDOW = (
+ELEMENTWISE = (
     "q_scaled", "start_stat", "start_acc", "score", "prob", "mass",
-    "new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc",
-)  # fmt: skip
-OF_PARTS = (
-    "level", "weight",
+    "new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc", "level", "weight",
     "new_stat_parts", "new_sum_parts", "new_acc_parts", "keep_stat_parts", "keep_acc_parts",
     "out", "lse",
 )  # fmt: skip
 THREADS, LANES = 256, 8
 ROW_TILES, DEFAULT_ROWS = (1, 2, 4), 2
 BEGINNING = "later"  # the window was written before `attend`, which may still be running
+REDUCED = "max", "sum", "part_max", "part_sum"
 # What is summed over tokens or partial results, the loads of it, and the sum of those sums.
-WINDOW_SUMS, PART_SUM = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
+SUMS = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
@@ -70,43 +66,31 @@ def shared_bytes(key: KernelKey, rows: int) -> int:
 
 
 def min_blocks(key: KernelKey) -> int:
-    """Registers for two: a thread holds 32 elements of keys and of values, or more.
-
-    For one alone, where warps hold tokens of wide heads, or in the smallest of loads.
-    """
+    """Registers for two: a thread holds 32 elements of keys and of values, or more."""
     return combine_window_half.min_blocks(key) if key.compute == "half" else 2
 
 
 def combine_window(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine_window` for work-groups."""
-    for name in SCALARS:
-        keep_local(sch, name)
-    by_warps = has_block(sch, "warp")
-    group = attend_by_warps(sch, hardware) if by_warps else attend_by_threads(sch)
-    keep_local(sch, "attended")
-    if hardware.early_launch:
-        sch.tensorize(sch.get_sblock("attended"), wait())
-    parts, part_loads, part_total = map(sch.get_sblock, PART_SUM)
-    sum_by_threads(sch, parts, part_loads, part_total, group)
-    for name in ("part_max", "part_sum"):
-        reduce_by_warps(sch, sch.get_sblock(name), group)
-    for name in OF_PARTS:
-        over_threads(sch, sch.get_sblock(name), group)
-    share(sch)
-    over_groups(sch, sch.get_sblock("head"))
-
-
-def attend_by_threads(sch: Schedule) -> WorkGroup:
-    """Schedule the window for threads, a few for every token; their work-group."""
+    if has_block(sch, "warp"):
+        combine_window_half.combine_window_half(sch, hardware)
+        return
     loads = sch.get_sblock("k_near")
     channels = extent_of(sch, sch.get_loops(loads)[-1])
     lanes = lanes_of(channels // wide(sch, loads) * LOAD_BYTES)
     group = WorkGroup(THREADS // lanes, lanes)
+    for name in SCALARS:
+        keep_local(sch, name)
     dot_by_lanes(sch, sch.get_sblock("dot"), loads, group)
-    sums, value_loads, total = map(sch.get_sblock, WINDOW_SUMS)
-    sum_by_threads(sch, sums, value_loads, total, group)
-    for name in ("max", "sum"):
+    for names in SUMS:
+        block, summed, total = map(sch.get_sblock, names)
+        sum_by_threads(sch, block, summed, total, group)
+    for name in REDUCED:
         reduce_by_warps(sch, sch.get_sblock(name), group)
-    for name in OF_WINDOW:
+    for name in ELEMENTWISE:
         over_threads(sch, sch.get_sblock(name), group)
-    return group
+    keep_local(sch, "attended")
+    if hardware.early_launch:
+        sch.tensorize(sch.get_sblock("attended"), wait())
+    share(sch)
+    over_groups(sch, sch.get_sblock("head"))

@@ -1,4 +1,4 @@
-"""`combine_window` in compute mode "half": products with the window by tensor cores."""
+"""`combine_window` in compute mode "half": work-groups of warps, products by tensor cores."""
 
 from __future__ import annotations
 
@@ -6,46 +6,51 @@ from tvm import DataType
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.combine_window_half import WARPS
 from kivi_tvm.ops.fragments import QUERIES, FullTile
-from kivi_tvm.ops.merge_parts import CHUNK_PARTS, PART_SUMS
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE
+from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.mma import mma, transpose
 from kivi_tvm.schedules.primitives import extent_of
+from kivi_tvm.schedules.thread_sums import LOAD_BYTES
 from kivi_tvm.schedules.threads import (
     WorkGroup,
     by_lane,
     keep_in_registers,
+    keep_local,
+    over_groups,
     over_threads,
+    share,
     unroll,
 )
 from kivi_tvm.targets import Hardware
 
-LARGE = "warp_acc", "run_acc", "parts_of", "parts_acc", "new_acc_parts"
-LOADS = "q_load", "k_near", "v_near"
+SCALARS = "slot", "oldest", "count", "entries", "attended"
+LOADS = "q_load", "k_near", "v_near", "near"
 BY_LANE = (
     "q_pair", "start", "start_acc", "dot_start", "k_pair", "score", "own_max", "max_of_2",
     "max_of_4", "new_ref", "keep", "prob", "own_sum", "keep_total", "keep_acc", "keep_ref",
-    "prob_row", "v_pair", "sum_of_2", "sum_of_4", "sum_of_8", "warp_stat", "warp_acc",
+    "prob_row", "v_pair", "level", "part_mass", "part_ref", "part_keep", "part_gain", "part_total",
+    "part_acc", "keep_part_ref", "sum_of_2", "sum_of_4", "sum_of_8", "warp_stat", "warp_acc",
 )  # fmt: skip
 PRODUCTS = "dot", "out_of_values"
 ROW_TILES = 1, 2, 4, 8
-WIDE_HEAD = 128  # beyond it the sums of partial results take the registers of two rows
+WIDE_HEAD = 128
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
-    """Rows of a tile share the window, and the sums of partial results take registers for each."""
+    """Rows of a tile share what is loaded of the window: by default all that an operand holds."""
     fits = [n for n in ROW_TILES if shared_bytes(key, n, WARPS) <= hardware.dynamic_bytes]
     options = sorted({min(n, key.rows) for n in fits})
-    default = min(4 if key.head_dim <= WIDE_HEAD else 2, options[-1])
-    return {"row_tile": (options, default), "warps": ((2, 4, WARPS), WARPS)}
+    return {"row_tile": (options, options[-1]), "warps": ((2, 4, WARPS), WARPS)}
 
 
 def shared_bytes(key: KernelKey, rows: int, warps: int) -> int:
-    """Shared memory of a work-group: what warps have, and of partial results."""
+    """Shared memory of a work-group: queries, and what warps have."""
     rows, D = min(rows, QUERIES), key.head_dim
-    return 4 * rows * ((warps + PART_SUMS + 5) * D + 2 * CHUNK_PARTS + 2 * warps)
+    return rows * (D * DTYPE_BYTES[key.dtype] + 4 * warps * (D + 2))
 
 
 def min_blocks(key: KernelKey) -> int:
@@ -54,20 +59,22 @@ def min_blocks(key: KernelKey) -> int:
     return 1 if wide or FullTile(key.head_dim).channels_apart == 2 else 2
 
 
-def attend_by_warps(sch: Schedule, hardware: Hardware) -> WorkGroup:
-    """Schedule the window for warps; their work-group."""
+def combine_window_half(sch: Schedule, hardware: Hardware) -> None:
+    """Schedule `combine_window` for warps."""
     warp = sch.get_loops(sch.get_sblock("warp"))[-1]
     group = WorkGroup(extent_of(sch, warp), hardware.warp)
-    # 0. what is large is allocated at launch; TVM takes all of that for one buffer, and would put
-    # barriers between any two accesses
-    for name in LARGE:
-        sch.set_scope(sch.get_sblock(name), 0, SCOPE)
+    for name in SCALARS:
+        keep_local(sch, name)
+    if hardware.early_launch:
+        sch.tensorize(sch.get_sblock("attended"), wait())
     over_threads(sch, sch.get_sblock("q_near"), group)
     # 1. what a warp computes lies in the registers of its lanes, loaded all before the first use
     keep_in_registers(sch, sch.get_sblock("warp"))
     for name in LOADS:
         block = sch.get_sblock(name)
-        by_lane(sch, block, extent_of(sch, sch.get_loops(block)[-1]))
+        loads = sch.get(block).writes[0].source
+        elements = LOAD_BYTES // DataType(loads.dtype).itemsize
+        by_lane(sch, block, min(elements, extent_of(sch, sch.get_loops(block)[-1])))
     for name in BY_LANE:
         by_lane(sch, sch.get_sblock(name))
     # 2. products and the transpose by instructions of the warp
@@ -83,6 +90,7 @@ def attend_by_warps(sch: Schedule, hardware: Hardware) -> WorkGroup:
         unroll(sch, sch.get_loops(sch.get_sblock(name)))
     # 3. the warps of a work-group, joined through shared memory
     sch.bind(warp, "threadIdx.y")
-    for name in ("run_stat", "run_acc"):
+    for name in ("out", "lse"):
         over_threads(sch, sch.get_sblock(name), group)
-    return group
+    share(sch, SCOPE)
+    over_groups(sch, sch.get_sblock("head"))
