@@ -1,0 +1,126 @@
+"""Partial results as the lanes of a warp hold them, folded into its state (`softmax_half.py`)."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+from tvm.script import tirx as T
+
+from kivi_tvm.ops.fragments import LANES, QUERIES, FullTile
+from kivi_tvm.ops.softmax_half import add
+
+PARTS = 2  # that a warp loads at once
+
+
+def part_blocks(tile: FullTile, M: int, warps: int):
+    """Fold every so many-th partial result into the state of a warp, as if it were a token.
+
+    Its weight is its sum, its value its accumulator:
+
+        m = max_x m_x,  l = sum_x l_x 2^(m_x - m),  acc = sum_x acc_x 2^(m_x - m)
+    """
+    D, N, BLOCKS, APART = tile.head_dim, PARTS, tile.value_blocks, tile.channels_apart
+
+    def folded(combine, first, of_part):
+        """What there is combined with something of every part that is loaded at once."""
+        return reduce(combine, map(of_part, range(N)), first)
+
+    @T.macro
+    def fold(part_acc, part_stat, row, first, entries, warp, ref, total, acc):
+        X = T.meta_var(part_acc.shape[2])
+        for c in T.serial(T.max(0, T.ceildiv(T.ceildiv(entries[0] - warp, warps), N))):
+            with T.sblock("parts"):
+                vc = T.axis.opaque(T.ceildiv(X, warps * N), c)
+                T.reads(
+                    part_acc[row, first : first + M, 0:X, 0:D],
+                    part_stat[row, first : first + M, 0:X, 0:2],
+                    entries[0],
+                )
+                # Declared as written only: an update in place is not scheduled.
+                T.writes(
+                    ref[0:LANES, 0:2],
+                    total[0:LANES, 0:2],
+                    acc[0:LANES, 0 : tile.value_rows * 4],
+                )
+                level = T.sblock_alloc_buffer((LANES, N, 2), "float32")
+                mass = T.sblock_alloc_buffer((LANES, N, 2), "float32")
+                near = T.sblock_alloc_buffer((LANES, N, 2, BLOCKS, APART), "float32")
+                part_ref = T.sblock_alloc_buffer((LANES, 2), "float32")
+                part_keep = T.sblock_alloc_buffer((LANES, 2), "float32")
+                part_gain = T.sblock_alloc_buffer((LANES, N, 2), "float32")
+                for n, e, y, lane, o in T.grid(N, 2, BLOCKS, LANES, APART):
+                    with T.sblock("near"):
+                        vn, ve, vy, vl, vo = T.axis.remap("SSSSS", [n, e, y, lane, o])
+                        entry = T.meta_var((vc * N + vn) * warps + warp)
+                        query = T.meta_var(vl % 4 * 2 + ve)
+                        near[vl, vn, ve, vy, vo] = T.if_then_else(
+                            T.And(entry < entries[0], query < M),
+                            part_acc[
+                                row, first + query, entry, (vy * QUERIES + vl // 4) * APART + vo
+                            ],
+                            T.float32(0),
+                        )
+                for n, e, lane in T.grid(N, 2, LANES):
+                    with T.sblock("level"):
+                        vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
+                        entry = T.meta_var((vc * N + vn) * warps + warp)
+                        query = T.meta_var(vl % 4 * 2 + ve)
+                        level[vl, vn, ve] = T.if_then_else(
+                            T.And(entry < entries[0], query < M),
+                            part_stat[row, first + query, entry, 0],
+                            T.min_value("float32"),
+                        )
+                # The lanes `g` of a query sum up in the end: the first has it for all.
+                for n, e, lane in T.grid(N, 2, LANES):
+                    with T.sblock("part_mass"):
+                        vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
+                        entry = T.meta_var((vc * N + vn) * warps + warp)
+                        query = T.meta_var(vl % 4 * 2 + ve)
+                        mass[vl, vn, ve] = T.if_then_else(
+                            T.And(T.And(entry < entries[0], query < M), vl // 4 == 0),
+                            part_stat[row, first + query, entry, 1],
+                            T.float32(0),
+                        )
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("part_ref"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        part_ref[vl, ve] = folded(T.max, ref[vl, ve], lambda n: level[vl, n, ve])
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("part_keep"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        part_keep[vl, ve] = T.exp2(ref[vl, ve] - part_ref[vl, ve])
+                for n, lane, e in T.grid(N, LANES, 2):
+                    with T.sblock("part_gain"):
+                        vn, vl, ve = T.axis.remap("SSS", [n, lane, e])
+                        part_gain[vl, vn, ve] = T.exp2(level[vl, vn, ve] - part_ref[vl, ve])
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("part_total"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        T.reads(part_keep[vl, ve], mass[vl, 0:N, ve], part_gain[vl, 0:N, ve])
+                        T.writes(total[vl, ve])
+                        total[vl, ve] = folded(
+                            add,
+                            total[vl, ve] * part_keep[vl, ve],
+                            lambda n: mass[vl, n, ve] * part_gain[vl, n, ve],
+                        )
+                for t, lane, e in T.grid(tile.value_rows, LANES, 4):
+                    with T.sblock("part_acc"):
+                        vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
+                        y, o = T.meta_var((tile.block(vt), tile.place(vt, ve // 2)))
+                        T.reads(
+                            part_keep[vl, ve % 2],
+                            near[vl, 0:N, ve % 2, y, o],
+                            part_gain[vl, 0:N, ve % 2],
+                        )
+                        T.writes(acc[vl, vt * 4 + ve])
+                        acc[vl, vt * 4 + ve] = folded(
+                            add,
+                            acc[vl, vt * 4 + ve] * part_keep[vl, ve % 2],
+                            lambda n: near[vl, n, ve % 2, y, o] * part_gain[vl, n, ve % 2],
+                        )
+                for lane, e in T.grid(LANES, 2):
+                    with T.sblock("keep_part_ref"):
+                        vl, ve = T.axis.remap("SS", [lane, e])
+                        ref[vl, ve] = part_ref[vl, ve]
+
+    return fold
