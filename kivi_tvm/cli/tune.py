@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kivi_tvm.cli import COMMANDS, INTERRUPTED_STATUS
 from kivi_tvm.cli.geometry import add_geometry_options, workloads
 from kivi_tvm.errors import UserError
-from kivi_tvm.host import find_cxx
+from kivi_tvm.host import available_processors, find_cxx
 from kivi_tvm.notices import announce
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
     from kivi_tvm.tune import session, start
     from kivi_tvm.tune.builder import Builder
     from kivi_tvm.tune.cost import check_cost_model, default_cost_model
-    from kivi_tvm.tune.outcome import Options
+    from kivi_tvm.tune.outcome import BATCH, Options
     from kivi_tvm.tune.progress import Display
 
     model = args.cost_model or default_cost_model()
@@ -166,7 +166,9 @@ def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: f
     tasks = _tasks(args.ops, [_with_mode(workload, target) for workload in found], target)
     if find_cxx() is None:
         raise UserError("`tune` needs a C++ compiler to link candidates (apt-get install g++)")
-    options = Options(args.trials, budget, args.seed, model)
+    # All processors compile meanwhile, where none of them is what is measured.
+    batch = max(BATCH, available_processors()) if target.kind.name == "cuda" else BATCH
+    options = Options(args.trials, budget, args.seed, model, batch)
     if args.emit:
         from kivi_tvm.cli import tune_emit
 

@@ -38,7 +38,7 @@ def full_score_blocks(tile: FullTile, M: int, dtype: str):
                 token = T.meta_var(before + vx * QUERIES + vl // 4)
                 at = T.meta_var(place(token))
                 run = T.meta_var(T.min(4 * vs + vl % 4, D // LOADED - 1))
-                k_near[vl, vs, vx, vo] = k_ring[slot, head, place(token), run * LOADED + vo]
+                k_near[vl, vs, vx, vo] = k_ring[slot, head, at, run * LOADED + vo]
         for s, lane, o in T.grid(SPANS, LANES, LOADED):
             with T.sblock("q_load"):
                 vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
@@ -99,7 +99,7 @@ def full_output_blocks(tile: FullTile, dtype: str):
                 token = T.meta_var(before + vl % 4 * 2 + vr % 2 + vr // 2 * QUERIES)
                 at = T.meta_var(place(token))
                 v_near[vl, vy, vr, vo] = v_ring[
-                    slot, head, place(token), (vy * QUERIES + vl // 4) * APART + vo
+                    slot, head, at, (vy * QUERIES + vl // 4) * APART + vo
                 ]
 
     @T.macro

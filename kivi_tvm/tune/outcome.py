@@ -13,6 +13,9 @@ from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.space import Size
 
 
+BATCH = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How long to tune, and how.
@@ -35,7 +38,7 @@ class Options:
     time_budget_s: float | None = None
     seed: int = 0
     cost_model: str = "random"
-    batch: int = 8
+    batch: int = BATCH
     rounds: int = 30
 
 
