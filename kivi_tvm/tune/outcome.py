@@ -12,7 +12,6 @@ from kivi_tvm.schedules.choices import Option
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.space import Size
 
-
 BATCH = 8
 
 
