@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEPS, MODELS = (ROOT / "docs" / name for name in ("gpu-h100.jsonl", "gpu-decode-h100.jsonl"))
+CHECKS, STEPS, MODELS = (
+    ROOT / "docs" / name
+    for name in ("gpu-checks-h100.jsonl", "gpu-h100.jsonl", "gpu-decode-h100.jsonl")
+)
 
 
 def read(file):
@@ -35,6 +38,14 @@ def test_every_result_was_right_and_says_where_it_is_from(records):
         assert record["speedup"] == pytest.approx(record["peer_us"] / record["step_us"], rel=2e-3)
 
 
+def test_every_check_passed():
+    checks = read(CHECKS)
+    assert [each["check"] for each in checks] == ["tests", "memcheck", "racecheck", "synccheck"]
+    for each in checks:
+        assert each["passed"] and each["errors"] == 0 and each["commit"]
+    assert checks[0]["tests"] > 2000 and checks[0]["failures"] == checks[0]["skipped"] == 0
+
+
 def test_models_at_equal_memory_say_how_they_compare(models):
     for record in models:
         assert record["commit"] and record["device"] and record["versions"]["torch"]
@@ -55,7 +66,7 @@ def test_the_page_is_made_of_the_data(records, models):
     spec = importlib.util.spec_from_file_location("gpu_page", ROOT / "tools" / "gpu_page.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert (ROOT / "docs" / "gpu.md").read_text() == tool.page(records, models)
+    assert (ROOT / "docs" / "gpu.md").read_text() == tool.page(read(CHECKS), records, models)
 
 
 def test_the_readme_says_the_same(records, models):
@@ -68,11 +79,12 @@ def test_the_readme_says_the_same(records, models):
         )
         return value
 
-    def ratio(tokens, window):
+    def ratio(tokens, window, model="Llama-3-8B"):
         [value] = (
             each["throughput_ratio"]
             for each in models
-            if each["full_tokens"] == tokens and each["cache"].endswith(window)
+            if (each["model"], each["full_tokens"]) == (model, tokens)
+            and each["cache"].endswith(window)
         )
         return value
 
@@ -80,7 +92,9 @@ def test_the_readme_says_the_same(records, models):
     said = re.search(
         r"packed memory at ([\d.]+) of the bandwidth.*? is ([\d.]+) times faster.*?"
         r"a step is ([\d.]+) times faster at 128k.*?slower: ([\d.]+) times as fast at 1k.*?"
-        r"decodes ([\d.]+) times as many .*?, and ([\d.]+) to ([\d.]+) times as many",
+        r"([\d.]+) times at 1k tokens of 32.*?decodes ([\d.]+) times as many .*?, "
+        r"and ([\d.]+) to ([\d.]+) times as many .*?Llama-2-7B's ([\d.]+), "
+        r"and ([\d.]+) to ([\d.]+) times.*?first (\d+) tests",
         text,
     )
     expected = (
@@ -88,8 +102,13 @@ def test_the_readme_says_the_same(records, models):
         found(8, 8, 32768, "speedup"),
         found(32, 1, 131072, "speedup"),
         found(8, 1, 1024, "speedup"),
+        found(8, 32, 1024, "speedup"),
         ratio(32768, "R=128"),
         ratio(499, "R=128"),
         ratio(499, "R=32"),
+        ratio(32768, "R=128", "Llama-2-7B"),
+        ratio(499, "R=128", "Llama-2-7B"),
+        ratio(499, "R=32", "Llama-2-7B"),
+        read(CHECKS)[0]["tests"],
     )
     assert [float(x) for x in said.groups()] == pytest.approx(expected, rel=0.04)

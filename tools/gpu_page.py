@@ -1,4 +1,4 @@
-"""Write docs/gpu.md and docs/gpu.png from what tools/gpu_steps.py and gpu_decode.py measured.
+"""Write docs/gpu.md and docs/gpu.png from what tools/gpu_check.py found and measured.
 
     .venv/bin/python tools/gpu_page.py
 
@@ -14,9 +14,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-STEPS, MODELS, PAGE, PLOT = (
-    DOCS / name for name in ("gpu-h100.jsonl", "gpu-decode-h100.jsonl", "gpu.md", "gpu.png")
-)
+CHECKS, STEPS, MODELS, PAGE, PLOT = (
+    DOCS / name
+    for name in (
+        "gpu-checks-h100.jsonl", "gpu-h100.jsonl", "gpu-decode-h100.jsonl", "gpu.md", "gpu.png",
+    )
+)  # fmt: skip
 Record = dict[str, Any]
 SHAPE = "kv_heads", "bits", "group_size"
 HEAD = """# On an NVIDIA GPU
@@ -43,18 +46,22 @@ transformers' `DynamicCache` does. A step is the whole model in one CUDA graph. 
 is a prompt of 161 and an output of 338 tokens, timed half way.
 
 """
+CHECK_HEAD = """
+## What was checked
+
+The tests of every operator against the reference, and of caches, with the kernels of this GPU; then
+NVIDIA's compute-sanitizer on decode steps of both compute modes.
+
+"""
 FOOT = """
 Made by
 
 ```sh
-python tools/gpu_steps.py docs/gpu-h100.jsonl --commit NAME
-python tools/gpu_decode.py docs/gpu-decode-h100.jsonl --commit NAME
+python tools/gpu_check.py FOLDER --commit NAME  # on the GPU; its three files are those of this page
 .venv/bin/python tools/gpu_page.py
 ```
 
-on {device}, driver {driver}, CUDA {cuda}, torch {torch}, at commit {commit}, with default
-schedules. Since then two query heads share what is read of the window, which helps large batches.
-Whole models were measured until memory ran out; the script frees it now.
+on {device}, driver {driver}, CUDA {cuda}, torch {torch}. {commits} Schedules are {sources}.
 """
 
 
@@ -124,12 +131,40 @@ def model_table(records: list[Record]) -> str:
     return table(columns, rows)
 
 
-def page(steps: list[Record], models: list[Record]) -> str:
+def check_table(records: list[Record]) -> str:
+    """One row per check."""
+    rows = [
+        [
+            each["check"], f"{each['tests']} tests" if "tests" in each else "compute-sanitizer",
+            f"{each.get('failures', 0) + each['errors']}", f"{each['seconds']:.0f} s",
+        ]
+        for each in records
+    ]  # fmt: skip
+    return table((("check", "-"), ("of", "-"), ("failures", "-:"), ("took", "-:")), rows)
+
+
+def commits(*measured: list[Record]) -> str:
+    """What was measured at which commit."""
+    names = [records[0]["commit"] for records in measured]
+    if len(set(names)) == 1:
+        return f"All of it is of commit {names[0]}."
+    parts = zip(("Checks", "steps", "models"), names, strict=True)
+    return ", ".join(f"{what} are of commit {name}" for what, name in parts) + "."
+
+
+def page(checks: list[Record], steps: list[Record], models: list[Record]) -> str:
     """The whole page."""
     first = steps[0]
-    about = {name: first[name] for name in ("device", "driver", "cuda", "commit")}
-    foot = FOOT.format(torch=first["versions"]["torch"], **about)
-    return HEAD + step_tables(steps) + MODEL_HEAD + model_table(models) + foot
+    about = {name: first[name] for name in ("device", "driver", "cuda")}
+    sources = " or ".join(sorted({each["source"] for each in steps}))
+    foot = FOOT.format(
+        torch=first["versions"]["torch"], commits=commits(checks, steps, models), sources=sources,
+        **about,
+    )  # fmt: skip
+    return (
+        HEAD + step_tables(steps) + MODEL_HEAD + model_table(models)
+        + CHECK_HEAD + check_table(checks) + foot
+    )  # fmt: skip
 
 
 def draw(records: list[Record], path: Path) -> None:
@@ -138,7 +173,7 @@ def draw(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(10.5, 6), layout="constrained")
     grid = figure.subplots(2, 3, sharex=True, sharey=True).flatten()
     for axes, (name, found) in zip(grid, panels.items(), strict=True):
-        for batch, marker in ((1, "o"), (8, "s"), (32, "^")):
+        for batch, marker in ((1, "o"), (8, "s"), (32, "^"), (256, "D")):
             line = [(each["tokens"], each["speedup"]) for each in found if each["batch"] == batch]
             axes.plot(*zip(*line, strict=True), marker=marker, label=f"batch {batch}")
         axes.axhline(1, color="0.5", linewidth=1)
@@ -148,7 +183,7 @@ def draw(records: list[Record], path: Path) -> None:
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
     grid[0].set_ylim(0, 1.08 * max(each["speedup"] for each in records))
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.supylabel("times faster than 16-bit attention")
     figure.supxlabel("tokens")
     figure.savefig(path, dpi=150)
@@ -156,5 +191,5 @@ def draw(records: list[Record], path: Path) -> None:
 
 if __name__ == "__main__":
     measured = read(STEPS)
-    PAGE.write_text(page(measured, read(MODELS)), encoding="utf-8")
+    PAGE.write_text(page(read(CHECKS), measured, read(MODELS)), encoding="utf-8")
     draw(measured, PLOT)

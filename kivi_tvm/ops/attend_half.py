@@ -53,6 +53,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
     SPLIT, N_k, N_v = key.split_tokens, P // G_k, D // G_v
     SPANS, PAIRS = tile.key_spans, tile.key_pairs
+    STATES = M if WARPS * M > 1 else 2  # TVM fails to place a buffer of one element
     X, PRODUCTS = tile.matrices, tile.value_rows
     K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
     copy_first, copy_next = copy_tile_blocks(key, FIRST), copy_tile_blocks(key, NEXT)
@@ -123,8 +124,8 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                     part_stat[0:B, row : row + M, 0:entries, 0:2],
                 )
                 b = T.meta_var(work[vi, 0])
-                warp_ref = T.sblock_alloc_buffer((WARPS, M), "float32")
-                warp_sum = T.sblock_alloc_buffer((WARPS, M), "float32")
+                warp_ref = T.sblock_alloc_buffer((WARPS, STATES), "float32")
+                warp_sum = T.sblock_alloc_buffer((WARPS, STATES), "float32")
                 warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
                 k_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_CODE), "uint32")
                 k_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_SCALE), "float16")

@@ -64,9 +64,8 @@ def test_cuda_source(cfg, monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.slow
-@pytest.mark.parametrize("warps", [1, 2])
-def test_cuda_source_for_chips_with_little_shared_memory(warps, monkeypatch):
-    cfg = HALF[0]
+@pytest.mark.parametrize(("cfg", "warps"), [(HALF[0], 1), (HALF[0], 2), (HALF[2], 1)])
+def test_cuda_source_for_chips_with_little_shared_memory(cfg, warps, monkeypatch):
     schedule = scheduled_function("attend", cfg.kernel_key(), TARGET, {"warps": warps})
     kernel = EmulatedKernel(schedule.mod)
     monkeypatch.setattr(test_attend, "kernel", lambda _: kernel)
