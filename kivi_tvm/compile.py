@@ -103,18 +103,19 @@ class Scheduler:
             parameter: decide(parameter, options, default, decisions)
             for parameter, (options, default) in (self._offers | self._bounds).items()
         }
-        way = tuple(choice.taken for choice in made.values())
+        taken = {parameter: made[parameter].taken for parameter in self._offers}
+        way = tuple(taken.values())
         if way not in self._parsed:
-            taken = {parameter: made[parameter].taken for parameter in self._offers}
             function = OPS[self._op](self._key, **taken).with_attr("global_symbol", self._name)
-            if self._bounds:
-                function = function.with_attr(MIN_BLOCKS_ATTR, made["min_blocks"].taken)
             if self._hardware.early_launch:
                 function = function.with_attr(LAUNCH_PARAMS_ATTR, [EARLY_LAUNCH])
                 function = function.with_attr(BEGINNING_ATTR, beginning(self._op, self._hardware))
             self._parsed[way] = function
         # A schedule changes blocks in place that it should copy: each gets a function anew.
-        module = tvm.IRModule({self._name: renew_defs(self._parsed[way])})
+        function = renew_defs(self._parsed[way])
+        if self._bounds:
+            function = function.with_attr(MIN_BLOCKS_ATTR, made["min_blocks"].taken)
+        module = tvm.IRModule({self._name: function})
         schedule = GuidedSchedule(module, decisions, made)
         schedule.work_on(self._name)
         return schedule

@@ -43,7 +43,7 @@ __device__ __forceinline__ void kivi_tvm_release() {
 """
 NEEDS_COMPILER = (
     "needs a CUDA compiler: nvcc on the PATH or below CUDA_HOME, "
-    "or NVRTC (`pip install cuda-bindings`)"
+    "or NVRTC (`pip install 'kivi-tvm[nvrtc]'`, which has cuda-bindings)"
 )
 
 

@@ -8,8 +8,9 @@ import torch
 from configurations import HALF, config_id
 
 from kivi_tvm import layout
+from kivi_tvm.config import HEAD_DIMS
 from kivi_tvm.ops import fragments
-from kivi_tvm.ops.fragments import LANES, HalfTile
+from kivi_tvm.ops.fragments import LANES, FullTile, HalfTile
 
 # The manual's words: groupID = %laneid >> 2, threadID_in_group = %laneid % 4.
 GROUPS = [(lane >> 2, lane % 4) for lane in range(LANES)]
@@ -67,6 +68,29 @@ def test_tiles_hold_every_token_and_channel_once(cfg):
     for product_number in range(tile.value_rows):  # one scale each
         groups = {tile.channel(product_number, row) // cfg.G_v for row in range(16)}
         assert len(groups) == 1
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_lanes_load_what_they_multiply_of_tokens_in_16_bits(head_dim):
+    """By `full_score_blocks` and `full_output_blocks`: every channel once, in the right lane."""
+    tile = FullTile(head_dim)
+    # the 8 channels of a lane `c` of a span are columns of A, and rows of B, of two `mma`
+    loaded = [(span, c, o) for span, c, o in product(range(tile.key_spans), range(4), range(8))]
+    assert sorted({32 * span + 8 * c + o for span, c, o in loaded})[:head_dim] == [*range(head_dim)]
+    for r, half in product(range(2), range(2)):
+        for c in range(4):  # register r of B of the first `mma` is rows 2 c + 8 r + half
+            row = 2 * c + 8 * r + half
+            assert fragments.b_lane(row, 0) == c and fragments.b_register(row) == r
+            assert fragments.a_lane(0, row) == c and fragments.a_register(0, row) == 2 * r
+    # lane `(g, c)` has of its channels those that are its rows `g` and `g + 8`
+    apart = tile.channels_apart
+    assert tile.value_blocks * fragments.QUERIES * apart == head_dim
+    channels = []
+    for t, row in product(range(tile.value_rows), range(16)):
+        own = (tile.block(t) * fragments.QUERIES + row % 8) * apart + tile.place(t, row // 8)
+        assert tile.channel(t, row) == own and fragments.a_lane(row, 0) // 4 == row % 8
+        channels.append(own)
+    assert sorted(channels) == list(range(head_dim))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
