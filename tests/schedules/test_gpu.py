@@ -12,10 +12,12 @@ from configurations import CONFIGS, FEW, HALF, config_id
 from tvm.target import Target
 
 from kivi_tvm.compile import functions, scheduled_function, scheduled_module
-from kivi_tvm.cuda import known_architectures
+from kivi_tvm.config import KiviConfig
+from kivi_tvm.cuda import asked_bytes, known_architectures
 from kivi_tvm.cuda_tools import PROGRAMS, compiled, disassembled, find_program
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.machine_code import parse_sass
+from kivi_tvm.occupancy import PARTITIONS, occupancy
 from kivi_tvm.targets import SHARED_BYTES, hardware
 
 WAIT, RELEASE = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
@@ -27,9 +29,9 @@ def cuda(architecture="sm_90"):
     return Target({"kind": "cuda", "arch": architecture}, host="llvm")
 
 
-def source_of(key):
+def source_of(key, architecture="sm_90"):
     """The CUDA source of every function of a kernel key."""
-    target = cuda()
+    target = cuda(architecture)
     made = compile_module(scheduled_module(key, target), target)
     return made.mod.imports[0].inspect_source("cuda")
 
@@ -86,6 +88,30 @@ def test_machine_code_spills_nothing(cfg, tmp_path):
             what = f"{name} on {architecture}"
             assert spilled == 0, what
             assert shared <= SHARED_BYTES, what
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize(
+    "cfg", [KiviConfig(128, 32, 8, compute=mode) for mode in ("float", "half")], ids=config_id
+)
+def test_occupancy(cfg, tmp_path):
+    """A multiprocessor holds the work-groups that kernels leave registers for.
+
+    Or those that shared memory has room for: no fewer warps than it has schedulers.
+    """
+    for architecture in ARCHITECTURES[cfg.compute == "half" :]:
+        if architecture not in known_architectures():
+            pytest.skip(f"needs nvcc that knows {architecture}")
+        source = source_of(cfg.kernel_key(), architecture)
+        bounds = re.findall(r"__launch_bounds__\((\d+), (\d+)\) (\w+_kernel)\(.*\) {", source)
+        asked, found = asked_bytes(source), resources(source, architecture, tmp_path)
+        assert {name for *_, name in bounds} == found.keys()
+        for threads, groups, name in bounds:
+            registers, _, shared = found[name]
+            held = occupancy(architecture, int(threads), registers, shared + asked.get(name, 0))
+            assert held.warps >= PARTITIONS, f"{name} on {architecture}: {held}"
+            assert held.groups >= int(groups) or held.limit != "registers", f"{name}: {held}"
 
 
 @pytest.mark.slow
