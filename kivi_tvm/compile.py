@@ -25,7 +25,7 @@ from kivi_tvm.host import find_cxx
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
-from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, OPS
+from kivi_tvm.ops import ALL_FUNCTIONS, FUNCTIONS, OPS
 from kivi_tvm.schedules import beginning, bounds, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
@@ -64,7 +64,7 @@ class CompiledKernels:
 
 def functions(target: Target) -> dict[str, tuple[str, bool]]:
     """The functions of a module for a target, as in `FUNCTIONS`."""
-    return FUNCTIONS | (GPU_FUNCTIONS if target.kind.name in targets.GPU_KINDS else {})
+    return ALL_FUNCTIONS if target.kind.name in targets.GPU_KINDS else FUNCTIONS
 
 
 class Scheduler:

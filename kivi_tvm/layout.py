@@ -19,7 +19,6 @@ NO_PAGE = -1
 BYTE_BITS = 8
 # In mode "half" a row is cut into so many parts before its parts become longer.
 SHORT_SPLITS = 8
-SHORT_PARTS = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +248,7 @@ def split_tokens(
     if key.compute != "half":
         return most
     found = most
-    for parts in SHORT_PARTS:
+    for parts in (2, 4):
         split = most // parts // HALF_PAGE_UNIT * HALF_PAGE_UNIT
         found = select(packed <= SHORT_SPLITS * split, split, found)
     return found

@@ -22,6 +22,7 @@ WARPS = 4
 FEW_WARPS = (
     2  # 1.2 to 1.5 times as fast on an H100 where threads do little more than load and store
 )
+WIDE_HEAD = 128  # channels, beyond which a thread has more to hold
 WORDS = 4  # 32-bit words that a thread loads at once: 16 bytes
 
 

@@ -215,7 +215,7 @@ def _runner(args: argparse.Namespace, place: Place, builder: Builder) -> Runner:
 
     if args.runner == "rpc":
         return start.rpc_runner(place, args.tracker, args.tracker_key, args.threads)
-    if place.target.kind.name == "llvm" and not targets.is_native(targets.identity(place.target)):
+    if not targets.is_native(targets.identity(place.target)):
         announce(
             f"`--target` is not this processor: records of {targets.slug(place.target)} will be "
             'marked "estimated", by the times of this one'

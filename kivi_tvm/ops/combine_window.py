@@ -14,7 +14,7 @@ import math
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import DTYPE_BYTES, LENGTH, PACKED_VALUES, split_tokens
+from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.combine_window_half import WARPS, combine_window_half
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
@@ -24,7 +24,7 @@ from kivi_tvm.ops.online_softmax import (
     start_blocks,
 )
 from kivi_tvm.ops.regions import regions
-from kivi_tvm.ops.ring import slot_of
+from kivi_tvm.ops.ring import row_blocks, slot_of
 
 CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
 MAX_CHUNK_TOKENS = 128
@@ -65,6 +65,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     C, X_C, SUMS, X_SUMS = chunk_tokens(key), CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
+    find_row = row_blocks(key)
     merge, merge_parts = merge_blocks(M, D), merge_blocks(M, D, "_parts")
 
     @T.prim_func(s_tir=True)
@@ -125,21 +126,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
                 part_sum = T.sblock_alloc_buffer((M,), "float32")
                 parts_acc = T.sblock_alloc_buffer((M, D), "float32")
                 part = T.meta_var((part_max, part_sum, parts_acc))
-                with T.sblock("slot"):
-                    slot[0] = T.max(slots[vb], 0)
-                with T.sblock("oldest"):
-                    oldest[0] = state[slot[0], PACKED_VALUES] % ring
-                with T.sblock("count"):
-                    count[0] = T.Select(
-                        slots[vb] >= 0, state[slot[0], LENGTH] - state[slot[0], PACKED_VALUES], 0
-                    )
-                with T.sblock("entries"):
-                    packed = T.meta_var(state[slot[0], PACKED_VALUES])
-                    entries[0] = T.Select(
-                        slots[vb] >= 0,
-                        T.ceildiv(packed, split_tokens(key, packed, split, T.Select)),
-                        0,
-                    )
+                find_row(state, slots, vb, ring, split, slot, oldest, count, entries)
                 for m, d in T.grid(M, D):
                     with T.sblock("q_scaled"):
                         vm, vd = T.axis.remap("SS", [m, d])

@@ -11,7 +11,6 @@ import math
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import LENGTH, PACKED_VALUES, split_tokens
 from kivi_tvm.ops.contract_full import (
     MATRICES,
     TOKENS,
@@ -21,7 +20,7 @@ from kivi_tvm.ops.contract_full import (
 from kivi_tvm.ops.fragments import LANES, QUERIES, FullTile
 from kivi_tvm.ops.online_softmax import row_tiles
 from kivi_tvm.ops.parts_half import part_blocks
-from kivi_tvm.ops.ring import slot_of
+from kivi_tvm.ops.ring import row_blocks, slot_of
 from kivi_tvm.ops.softmax_half import (
     highest,
     joined,
@@ -46,7 +45,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
     scores = full_score_blocks(tile, M, dtype)
     load_values, outputs = full_output_blocks(tile, dtype)
     start, softmax = start_half_blocks(PRODUCTS), softmax_half_blocks(MATRICES, PRODUCTS, dtype)
-    sum_up, store_stat = total_blocks(), warp_stat_block(M)
+    find_row, sum_up, store_stat = row_blocks(key), total_blocks(), warp_stat_block(M)
     fold_parts = part_blocks(tile, M, WARPS)
 
     @T.prim_func(s_tir=True)
@@ -98,21 +97,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                 warp_ref = T.sblock_alloc_buffer((WARPS, M), "float32")
                 warp_sum = T.sblock_alloc_buffer((WARPS, M), "float32")
                 warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
-                with T.sblock("slot"):
-                    slot[0] = T.max(slots[vb], 0)
-                with T.sblock("oldest"):
-                    oldest[0] = state[slot[0], PACKED_VALUES] % ring
-                with T.sblock("count"):
-                    count[0] = T.Select(
-                        slots[vb] >= 0, state[slot[0], LENGTH] - state[slot[0], PACKED_VALUES], 0
-                    )
-                with T.sblock("entries"):
-                    packed = T.meta_var(state[slot[0], PACKED_VALUES])
-                    entries[0] = T.Select(
-                        slots[vb] >= 0,
-                        T.ceildiv(packed, split_tokens(key, packed, split, T.Select)),
-                        0,
-                    )
+                find_row(state, slots, vb, ring, split, slot, oldest, count, entries)
                 for m, d in T.grid(M, D):
                     with T.sblock("q_near"):
                         vm, vd = T.axis.remap("SS", [m, d])

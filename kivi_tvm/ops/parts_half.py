@@ -25,6 +25,10 @@ def part_blocks(tile: FullTile, M: int, warps: int):
         """What there is combined with something of every part that is loaded at once."""
         return reduce(combine, map(of_part, range(N)), first)
 
+    def place(turn, number, warp, lane, e):
+        """The partial result that a warp takes, and the query of a lane."""
+        return (turn * N + number) * warps + warp, lane % 4 * 2 + e
+
     @T.macro
     def fold(part_acc, part_stat, row, first, entries, warp, ref, total, acc):
         X = T.meta_var(part_acc.shape[2])
@@ -51,8 +55,7 @@ def part_blocks(tile: FullTile, M: int, warps: int):
                 for n, e, y, lane, o in T.grid(N, 2, BLOCKS, LANES, APART):
                     with T.sblock("near"):
                         vn, ve, vy, vl, vo = T.axis.remap("SSSSS", [n, e, y, lane, o])
-                        entry = T.meta_var((vc * N + vn) * warps + warp)
-                        query = T.meta_var(vl % 4 * 2 + ve)
+                        entry, query = T.meta_var(place(vc, vn, warp, vl, ve))
                         near[vl, vn, ve, vy, vo] = T.if_then_else(
                             T.And(entry < entries[0], query < M),
                             part_acc[
@@ -63,8 +66,7 @@ def part_blocks(tile: FullTile, M: int, warps: int):
                 for n, e, lane in T.grid(N, 2, LANES):
                     with T.sblock("level"):
                         vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
-                        entry = T.meta_var((vc * N + vn) * warps + warp)
-                        query = T.meta_var(vl % 4 * 2 + ve)
+                        entry, query = T.meta_var(place(vc, vn, warp, vl, ve))
                         level[vl, vn, ve] = T.if_then_else(
                             T.And(entry < entries[0], query < M),
                             part_stat[row, first + query, entry, 0],
@@ -74,8 +76,7 @@ def part_blocks(tile: FullTile, M: int, warps: int):
                 for n, e, lane in T.grid(N, 2, LANES):
                     with T.sblock("part_mass"):
                         vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
-                        entry = T.meta_var((vc * N + vn) * warps + warp)
-                        query = T.meta_var(vl % 4 * 2 + ve)
+                        entry, query = T.meta_var(place(vc, vn, warp, vl, ve))
                         mass[vl, vn, ve] = T.if_then_else(
                             T.And(T.And(entry < entries[0], query < M), vl // 4 == 0),
                             part_stat[row, first + query, entry, 1],

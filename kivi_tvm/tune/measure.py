@@ -323,18 +323,17 @@ class TimedCall:
         mean, without what it takes to launch a kernel from the host.
         """
         if self.device == "cuda":
-            graph, turns = self._graph(kernel), self._turns
-            replays = math.ceil(calls / (turns * len(self.rows)))
-            times = _event_times(graph.replay, replays)
-            return [us / (turns * len(self.rows)) for us in times]
+            captured = len(self._captured)
+            times = _event_times(self._graph(kernel).replay, math.ceil(calls / captured))
+            return [us / captured for us in times]
         rows = [self.rows[(self.next + i) % len(self.rows)] for i in range(calls)]
         self.next += calls
         return _cpu_times(kernel, rows)
 
     @property
-    def _turns(self) -> int:
-        """How often a graph goes through the copies."""
-        return math.ceil(GRAPH_CALLS / len(self.rows))
+    def _captured(self) -> list[tuple[Any, ...]]:
+        """The copies that a graph calls a kernel on: all, again and again if they are few."""
+        return self.rows * math.ceil(GRAPH_CALLS / len(self.rows))
 
     def _graph(self, kernel: Kernel) -> torch.cuda.CUDAGraph:
         """Captured calls of a kernel, after one that loads its code."""
@@ -343,7 +342,7 @@ class TimedCall:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
-                for row in self.rows * self._turns:
+                for row in self._captured:
                     kernel(*row)
             self.graphs[kernel] = graph
         return self.graphs[kernel]

@@ -11,6 +11,7 @@ from kivi_tvm.schedules.gpu import attend_half
 from kivi_tvm.schedules.primitives import divisors, has_block
 from kivi_tvm.schedules.threads import (
     WARPS,
+    WIDE_HEAD,
     WORDS,
     contract_by_threads,
     over_groups,
@@ -29,7 +30,6 @@ ELEMENTWISE = (
 REDUCED = "q_zero", "max", "sum", "p_zero"
 
 CHUNK_TOKENS = 128
-WIDE_HEAD = 128
 ROW_TILES = 1, 2, 4  # more would spill registers
 # What comes next attends to the window meanwhile, which was written before.
 BEGINNING = "release"

@@ -14,8 +14,9 @@ from kivi_tvm.schedules.async_copy import SCOPE
 from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.mma import mma, transpose
 from kivi_tvm.schedules.primitives import extent_of
-from kivi_tvm.schedules.thread_sums import LOAD_BYTES
+from kivi_tvm.schedules.thread_sums import wide
 from kivi_tvm.schedules.threads import (
+    WIDE_HEAD,
     WorkGroup,
     by_lane,
     keep_in_registers,
@@ -37,7 +38,6 @@ BY_LANE = (
 )  # fmt: skip
 PRODUCTS = "dot", "out_of_values"
 ROW_TILES = 1, 2, 4, 8
-WIDE_HEAD = 128
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
@@ -72,9 +72,7 @@ def combine_window_half(sch: Schedule, hardware: Hardware) -> None:
     keep_in_registers(sch, sch.get_sblock("warp"))
     for name in LOADS:
         block = sch.get_sblock(name)
-        loads = sch.get(block).writes[0].source
-        elements = LOAD_BYTES // DataType(loads.dtype).itemsize
-        by_lane(sch, block, min(elements, extent_of(sch, sch.get_loops(block)[-1])))
+        by_lane(sch, block, min(wide(sch, block), extent_of(sch, sch.get_loops(block)[-1])))
     for name in BY_LANE:
         by_lane(sch, sch.get_sblock(name))
     # 2. products and the transpose by instructions of the warp
