@@ -83,8 +83,8 @@ class Scheduler:
 
     def __init__(self, name: str, key: KernelKey, target: Target) -> None:
         self._name = name
-        self._op, extends = functions(target)[name]
-        self._key = replace(key, rows_per_query=key.extend_rows) if extends else key
+        self._op, self._extends = functions(target)[name]
+        self._key = replace(key, rows_per_query=key.extend_rows) if self._extends else key
         self._hardware = targets.hardware(target)
         self._offers = offers(self._op, self._hardware, self._key)
         self._bounds = bounds(self._op, self._hardware, self._key)
@@ -109,7 +109,8 @@ class Scheduler:
             function = OPS[self._op](self._key, **taken).with_attr("global_symbol", self._name)
             if self._hardware.early_launch:
                 function = function.with_attr(LAUNCH_PARAMS_ATTR, [EARLY_LAUNCH])
-                function = function.with_attr(BEGINNING_ATTR, beginning(self._op, self._hardware))
+                begins = beginning(self._op, self._hardware, self._key, self._extends)
+                function = function.with_attr(BEGINNING_ATTR, begins)
             self._parsed[way] = function
         # A schedule changes blocks in place that it should copy: each gets a function anew.
         function = renew_defs(self._parsed[way])

@@ -20,12 +20,15 @@ PTXAS_LEVEL = "5"
 MACHINE_CODE = "\n// kivi-tvm: machine code of the above, as base64\n// "
 # How a kernel begins where kernels are launched before earlier ones have ended: "wait" for those;
 # and then "release" the next one, whose part before its own wait needs nothing of this kernel; or
-# go on, since it waits "later".
+# go on, since it waits "later"; or both "within", and at the end what has not yet: the next kernel
+# is not to begin before this one has waited.
 BEGINNINGS = {
     "wait": "kivi_tvm_wait();",
     "release": "kivi_tvm_wait(); kivi_tvm_release();",
     "later": "",
+    "within": "",
 }
+WAITS_LATER = "later", "within"  # and loads before
 WAIT_SOURCE = """
 __device__ __forceinline__ unsigned kivi_tvm_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -105,12 +108,17 @@ def with_early_launch(source: str, beginnings: Mapping[str, str]) -> str:
     function; the others "wait".
     """
 
-    def begin(match: re.Match[str]) -> str:
-        return f"{match[0]}  {BEGINNINGS[beginnings.get(match[1], 'wait')]}\n"
+    def launched_early(match: re.Match[str]) -> str:
+        head, name, body = match.groups()
+        how = beginnings.get(name, "wait")
+        end = f"  {BEGINNINGS['release']}\n" if how == "within" else ""
+        return f"{head}  {BEGINNINGS[how]}\n{body}{end}}}\n"
 
     at = source.index('extern "C" __global__')
-    helpers = RELEASE_SOURCE + ("" if "kivi_tvm_wait" in source else WAIT_SOURCE)
-    return source[:at] + helpers + re.sub(r"(\w+)_kernel\([^)]*\) \{\n", begin, source[at:])
+    sources = {"kivi_tvm_release": RELEASE_SOURCE, "kivi_tvm_wait": WAIT_SOURCE}
+    helpers = "".join(text for name, text in sources.items() if name not in source)
+    kernel = re.compile(r"((\w+)_kernel\([^)]*\) \{\n)(.*?)^\}\n", re.S | re.M)
+    return source[:at] + helpers + kernel.sub(launched_early, source[at:])
 
 
 def with_asked_bytes(source: str, asked: Mapping[str, int]) -> str:

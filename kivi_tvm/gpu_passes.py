@@ -10,6 +10,7 @@ from tvm.backend.cuda.op import cuda_func_call
 from tvm.ir import Call, IRModule, Op, TensorLoad
 from tvm.ir.transform import PassContext, module_pass
 from tvm.s_tir import SBlock
+from tvm.sym import Analyzer
 from tvm.tirx import (
     AllocBuffer,
     Buffer,
@@ -26,9 +27,11 @@ from tvm.tirx.op import address_of, call_extern
 from tvm.tirx.transform import LowerWarpMemory
 
 from kivi_tvm import cuda_build
+from kivi_tvm.cuda import WAITS_LATER
 from kivi_tvm.statements import changed, constant_bytes
 
 ACTIVE_LANES, EXP2 = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.exp2")
+ADDRESS_OF = Op.get("tirx.address_of")
 # exp2f without what it does for results below 2^-126, which are 0 here
 EXP2_SOURCE = """
 __device__ __forceinline__ float kivi_tvm_exp2(float x) {
@@ -44,11 +47,13 @@ WRITTEN = {
     "bfloat16x4": "nv_bfloat164", "bfloat16x2": "nv_bfloat162",
 }  # fmt: skip
 LOAD_SOURCE = """
-__device__ __forceinline__ {type} kivi_tvm_load_{type}(const void* from) {{
-  {raw} found = __ldcg(static_cast<const {raw}*>(from));
+__device__ __forceinline__ {type} kivi_tvm_{name}_{type}(const void* from) {{
+  {raw} found = {load}static_cast<const {raw}*>(from));
   return *reinterpret_cast<{type}*>(&found);
 }}
 """
+LOADS = {"load": "__ldcg(", "take": "*("}
+EIGHT_HALVES = "float16x8", "bfloat16x8"
 
 
 def lowered_one_by_one(lower: Any) -> Any:
@@ -113,18 +118,24 @@ def lower_warp_memory(module: IRModule, _: PassContext) -> IRModule:
     return IRModule(found, attrs=module.attrs)
 
 
-@module_pass(opt_level=0, name="kivi_tvm.load_past_l1")  # type: ignore[untyped-decorator]
-def load_past_l1(module: IRModule, _: PassContext) -> IRModule:
+@module_pass(opt_level=0, name="kivi_tvm.load_as_said")  # type: ignore[untyped-decorator]
+def load_as_said(module: IRModule, _: PassContext) -> IRModule:
     """Let kernels that begin before earlier ones have ended load from the second-level cache.
 
     What was written before is there. In the first level there may be what was there before that:
     it is only said to be gone where a kernel has waited.
+
+    And let all of them load eight 16-bit numbers at once, which TVM does one by one unless it can
+    prove where they are; the runtime sees to that (`runtime/checks.py`).
     """
-    found = dict(module.functions)
+    found = {}
     for name, function in module.functions.items():
-        if cuda_build.current().beginnings.get(name.name_hint.removesuffix("_kernel")) == "later":
-            body = tvm_ffi.structural_map(function.body, (TensorLoad, _past_l1))
-            found[name] = function.with_body(body)
+        kernel = name.name_hint.removesuffix("_kernel")
+        later = cuda_build.current().beginnings.get(kernel) in WAITS_LATER
+        rule = _past_l1 if later else _eight_halves
+        body = tvm_ffi.structural_map(function.body, (TensorLoad, rule))
+        body = tvm_ffi.structural_map(body, (Call, _of_what_is_not_loaded))
+        found[name] = function.with_body(body)
     return IRModule(found, attrs=module.attrs)
 
 
@@ -137,14 +148,36 @@ def _past_l1(load: TensorLoad) -> Expr:
     size = dtype.bits * dtype.lanes // 8
     if size not in LOADED or int(index.stride) != 1:
         raise ValueError(f"`load` must be of {list(LOADED)} bytes side by side, got {load}")
-    first = BufferLoad(load.source, [index.base])
-    of_cuda = WRITTEN.get(str(dtype), LOADED[size])
+    return _loaded("load", load, index.base, size)
+
+
+def _eight_halves(load: TensorLoad) -> Expr:
+    [index], dtype = load.indices, str(load.ty.dtype)
+    if load.source.scope() != "global" or dtype not in EIGHT_HALVES or not isinstance(index, Ramp):
+        return load
+    bound = Analyzer().modular_set(index.base)
+    if int(index.stride) != 1 or (bound.coeff % 8 == 0 and bound.base % 8 == 0):
+        return load
+    return _loaded("take", load, index.base, 16)
+
+
+def _loaded(name: str, load: TensorLoad, first: Expr, size: int) -> Expr:
+    """What a load gives, from element `first` on, by one of `LOADS`."""
+    dtype = str(load.ty.dtype)
+    of_cuda, raw = WRITTEN.get(dtype, LOADED[size]), LOADED[size]
     return cuda_func_call(
-        f"kivi_tvm_load_{of_cuda}",
-        address_of(first),
-        source_code=LOAD_SOURCE.format(type=of_cuda, raw=LOADED[size]),
-        return_type=str(dtype),
+        f"kivi_tvm_{name}_{of_cuda}",
+        address_of(BufferLoad(load.source, [first])),
+        source_code=LOAD_SOURCE.format(name=name, load=LOADS[name], type=of_cuda, raw=raw),
+        return_type=dtype,
     )
+
+
+def _of_what_is_not_loaded(call: Call) -> Expr:
+    """An address is of the element, not of what is loaded there."""
+    if call.op.same_as(ADDRESS_OF) and isinstance(call.args[0], Call):
+        return call.args[0].args[-1]  # `__ldcg` of this address
+    return call
 
 
 def _for_warps(call: Call) -> Expr:

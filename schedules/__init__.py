@@ -53,10 +53,14 @@ def bounds(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     return {"min_blocks": ([*range(max(1, default - 2), default + 2)], default)}
 
 
-def beginning(op: str, hardware: Hardware) -> str:
-    """How the kernel of `op` begins where kernels are launched early: of `cuda.BEGINNINGS`."""
-    found: str = getattr(_file(op, hardware), "BEGINNING", "wait")
-    return found
+def beginning(op: str, hardware: Hardware, key: KernelKey, extends: bool) -> str:
+    """How the kernel of `op` begins where kernels are launched early: of `cuda.BEGINNINGS`.
+
+    `extends` is whether it is for the rows of several new tokens, that are stored afterwards.
+    """
+    found: Callable[[KernelKey, bool], str] | None
+    found = getattr(_file(op, hardware), "beginning", None)
+    return found(key, extends) if found else "wait"
 
 
 def _file(op: str, hardware: Hardware) -> ModuleType:

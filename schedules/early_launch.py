@@ -1,4 +1,4 @@
-"""Where a kernel waits for earlier ones that it was launched before the end of, as an intrinsic."""
+"""Where a kernel waits for earlier ones that it was launched before the end of, as intrinsics."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from functools import cache
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-from kivi_tvm.cuda import WAIT_SOURCE
+from kivi_tvm.cuda import RELEASE_SOURCE, WAIT_SOURCE
 
 
 @cache
-def wait() -> str:
-    """The name of the intrinsic that waits, where the block gives a 1 that nobody reads."""
-    name = "kivi_tvm.wait"
+def wait(release: bool = False) -> str:
+    """The name of the intrinsic that waits, where the block gives a 1 that nobody reads.
+
+    With `release` the next kernel is launched then.
+    """
+    name = f"kivi_tvm.wait{'_and_release' * release}"
 
     @T.prim_func(s_tir=True)
     def description(handle: T.handle) -> None:
@@ -32,6 +35,8 @@ def wait() -> str:
             here[0] = T.cuda.func_call(
                 "kivi_tvm_wait", source_code=WAIT_SOURCE, return_type="uint32"
             )
+            if release:
+                T.evaluate(T.cuda.func_call("kivi_tvm_release", source_code=RELEASE_SOURCE))
 
     TensorIntrin.register(name, description, implementation)
     return name

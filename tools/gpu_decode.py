@@ -8,7 +8,8 @@ sequence are those that the filled cache holds. A step is the whole model: embed
 logits and the most likely token, replayed as one CUDA graph. The peers keep bfloat16 keys and
 values, in buffers of exactly the length with the new token written in place ("exact"), or joined
 anew in every step, as transformers' `DynamicCache` does ("concatenated"); both attend by the
-fastest of PyTorch's backends. Steps are timed where no key block is due, which is so in all but one
+fastest of PyTorch's backends. The same model without attention ("rest") is timed beside: what no
+cache can be faster than. Steps are timed where no key block is due, which is so in all but one
 of R steps.
 """
 
@@ -28,11 +29,14 @@ from gpu_steps import (
     TOLERANCE,
     D,
     arguments,
+    captured,
     drawn,
     environment_of,
     error_of,
     filled,
     graph_us,
+    replay_us,
+    warm_up,
 )
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
@@ -150,10 +154,15 @@ def attention_of(cache: Cache) -> Attend:
     return attend
 
 
+def nothing(_: int, q: Tensor, *__: Tensor) -> Tensor:
+    """No attention."""
+    return q[:, :, 0]
+
+
 def step_ms(
     model: LlamaForCausalLM, attend: Attend, batch: int, before: Callable[[], object]
-) -> float:
-    """Time of a step."""
+) -> tuple[float, float]:
+    """Time of a step, and of the same model without attention."""
     ids = torch.randint(0, 1000, (batch, 1), device="cuda")
     position = torch.full_like(ids, 1000)
 
@@ -161,7 +170,10 @@ def step_ms(
         before()
         next_tokens(model, ids, position, attend)
 
-    return graph_us(step, 1) / 1e3
+    steps, others = captured(step), captured(lambda: next_tokens(model, ids, position, nothing))
+    warm_up(others)  # steps add tokens
+    rest = replay_us(others, 1)
+    return replay_us(steps, 1) / 1e3, rest / 1e3
 
 
 def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, Any]]:
@@ -170,10 +182,10 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
 
     def result(name: str, row: int, attend: Attend, before: Any = lambda: None) -> dict[str, Any]:
         batch = setting.memory_bytes // row
-        time = step_ms(model, attend, batch, before)
+        time, rest = step_ms(model, attend, batch, before)
         return {
-            "cache": name, "batch": batch, "row_bytes": row,
-            "step_ms": round(time, 3), "tokens_per_s": round(batch / time * 1e3, 1),
+            "cache": name, "batch": batch, "row_bytes": row, "step_ms": round(time, 3),
+            "rest_ms": round(rest, 3), "tokens_per_s": round(batch / time * 1e3, 1),
         }  # fmt: skip
 
     row = 4 * D * kv_heads * layers * setting.full_tokens

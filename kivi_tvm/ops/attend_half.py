@@ -34,10 +34,11 @@ from kivi_tvm.ops.staged_tile import (
     copy_tile_blocks,
     staged_arrays,
 )
+from kivi_tvm.ops.waits import wait_block
 
 WARPS = 4
-# Blocks that copy a warp's first tile, and the one after each.
-FIRST, NEXT = "first", "next"
+# Blocks that copy a warp's first tile, or that if it is the row's last, and the one after each.
+FIRST, LAST, NEXT = "first", "last", "next"
 
 
 def attend_half(key: KernelKey, warps: int = WARPS):
@@ -56,13 +57,17 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     STATES = M if WARPS * M > 1 else 2  # TVM fails to place a buffer of one element
     X, PRODUCTS = tile.matrices, tile.value_rows
     K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
-    copy_first, copy_next = copy_tile_blocks(key, FIRST), copy_tile_blocks(key, NEXT)
+    copy_first, copy_last, copy_next = (copy_tile_blocks(key, x) for x in (FIRST, LAST, NEXT))
     queries, start, find_lift = query_blocks(key, M), start_half_blocks(PRODUCTS), lift_blocks(key)
     start_zeros, bring_zeros = zero_acc_blocks()
     scores, outputs = score_blocks(key), output_blocks(key)
     softmax = softmax_half_blocks(X, PRODUCTS)
     sum_up, store_stat = total_blocks(), warp_stat_block(M)
-    arrive, cleared = arrive_block("arrive"), arrive_block("cleared")
+    arrive, cleared, appended = (
+        arrive_block("arrive"),
+        arrive_block("cleared"),
+        wait_block("appended"),
+    )
     *_, of_token, _ = staged_arrays(key)
     no_scale, no_zero = (clear_tail_block(name, of_token) for name in ("no_scale", "no_zero"))
 
@@ -104,11 +109,6 @@ def attend_half(key: KernelKey, warps: int = WARPS):
         for item, h in T.grid(items, H_kv * TILES):
             with T.sblock("split"):
                 vi, vh = T.axis.remap("SS", [item, h])
-                # of the row, with what a row that is not there gets
-                where = T.meta_var(slots[T.max(work[item, 0], 0)])
-                packed = T.meta_var(state[T.max(where, 0), PACKED_VALUES])
-                split = T.meta_var(split_tokens(key, packed, SPLIT, T.Select))
-                T.where(T.And(work[item, 0] >= 0, T.Or(where < 0, work[item, 1] * split < packed)))
                 head = T.meta_var(tiles.head(vh))
                 row = T.meta_var(tiles.start(vh))
                 T.reads(
@@ -123,203 +123,246 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                     part_acc[0:B, row : row + M, 0:entries, 0:D],
                     part_stat[0:B, row : row + M, 0:entries, 0:2],
                 )
-                b = T.meta_var(work[vi, 0])
-                warp_ref = T.sblock_alloc_buffer((WARPS, STATES), "float32")
-                warp_sum = T.sblock_alloc_buffer((WARPS, STATES), "float32")
-                warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
-                k_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_CODE), "uint32")
-                k_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_SCALE), "float16")
-                k_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_ZERO), "float16")
-                v_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_CODE), "uint32")
-                v_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_SCALE), "float16")
-                v_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_ZERO), "float16")
-                tile_places = T.meta_var(
-                    (k_code_tile, k_scale_tile, k_zero_tile, v_code_tile, v_scale_tile, v_zero_tile)
-                )
-                for w in range(WARPS):
-                    with T.sblock("warp"):
-                        vw = T.axis.spatial(WARPS, w)
-                        T.reads(
-                            *regions(stored, ALL, head),
-                            page_table[0:S, 0:pages],
-                            state[0:S, 0:4],
-                            slots[0:B],
-                            work[vi, 0:2],
-                            q[0:B, row : row + M, 0:D],
+                b = T.sblock_alloc_buffer((1,), "int32")
+                part = T.sblock_alloc_buffer((1,), "int32")
+                slot = T.sblock_alloc_buffer((1,), "int32")  # -1: the row is not there
+                packed = T.sblock_alloc_buffer((1,), "int32")  # tokens of the row
+                with T.sblock("b"):
+                    b[0] = work[vi, 0]
+                with T.sblock("part"):
+                    part[0] = work[vi, 1]
+                with T.sblock("slot"):
+                    slot[0] = slots[T.max(b[0], 0)]
+                with T.sblock("packed"):
+                    packed[0] = T.if_then_else(slot[0] >= 0, state[slot[0], PACKED_VALUES], 0)
+                split = T.meta_var(split_tokens(key, packed[0], SPLIT, T.Select))
+                with T.sblock("present"):
+                    # a row that is not there gets what one without tokens gets
+                    T.where(
+                        T.tvm_thread_invariant(
+                            T.And(b[0] >= 0, T.Or(slot[0] < 0, part[0] * split < packed[0]))
                         )
-                        T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
-                        slot = T.sblock_alloc_buffer((1,), "int32")
-                        # tiles before the split in its row, and packed tokens of the split
-                        first_tile = T.sblock_alloc_buffer((1,), "int32")
-                        inside = T.sblock_alloc_buffer((1,), "int32")
-                        q_pair = T.sblock_alloc_buffer((LANES, SPANS * PAIRS), "uint32")
-                        gain = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        ref = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        total = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        acc = T.sblock_alloc_buffer((LANES, PRODUCTS * 4), "float32")
-                        zero_acc = T.sblock_alloc_buffer((LANES, 4), "float32")
-                        with T.sblock("slot"):
-                            T.reads(slots[0:B], work[vi, 0])
-                            T.writes(slot[0])
-                            slot[0] = T.max(slots[b], 0)
-                        of_row = T.meta_var(state[slot[0], PACKED_VALUES])
-                        tiles_of = T.meta_var(split_tokens(key, of_row, SPLIT, T.Select) // TOKENS)
-                        with T.sblock("first_tile"):
-                            T.reads(state[slot[0], PACKED_VALUES], slot[0], work[vi, 1])
-                            T.writes(first_tile[0])
-                            first_tile[0] = work[vi, 1] * tiles_of
-                        with T.sblock("inside"):
-                            T.reads(
-                                slots[0:B], state[slot[0], PACKED_VALUES], slot[0], first_tile[0],
-                                work[vi, 0],
-                            )  # fmt: skip
-                            T.writes(inside[0])
-                            inside[0] = T.if_then_else(
-                                slots[b] >= 0,
-                                T.min(tiles_of * TOKENS, of_row - first_tile[0] * TOKENS),
-                                0,
-                            )
-                        first = T.meta_var(first_tile[0] * TOKENS)
-                        turns = T.meta_var(
-                            T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, WARPS))
+                    )
+                    T.reads(
+                        *regions(stored, ALL, head),
+                        page_table[0:S, 0:pages],
+                        q[0:B, row : row + M, 0:D],
+                        b[0], part[0], slot[0], packed[0],
+                    )  # fmt: skip
+                    T.writes(
+                        part_acc[0:B, row : row + M, 0:entries, 0:D],
+                        part_stat[0:B, row : row + M, 0:entries, 0:2],
+                    )
+                    warp_ref = T.sblock_alloc_buffer((WARPS, STATES), "float32")
+                    warp_sum = T.sblock_alloc_buffer((WARPS, STATES), "float32")
+                    warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
+                    k_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_CODE), "uint32")
+                    k_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_SCALE), "float16")
+                    k_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, K_ZERO), "float16")
+                    v_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_CODE), "uint32")
+                    v_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_SCALE), "float16")
+                    v_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_ZERO), "float16")
+                    tile_places = T.meta_var(
+                        (
+                            k_code_tile,
+                            k_scale_tile,
+                            k_zero_tile,
+                            v_code_tile,
+                            v_scale_tile,
+                            v_zero_tile,
                         )
-                        first_page = T.sblock_alloc_buffer((1,), "int32")
-                        next_page = T.sblock_alloc_buffer((1,), "int32")
-                        with T.sblock("first_page"):
-                            T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
-                            T.writes(first_page[0])
-                            first_page[0] = T.if_then_else(
-                                turns > 0, page_table[slot[0], (first + vw * TOKENS) // P], 0
-                            )
-                        with T.sblock("copy_first"):
-                            T.where(turns > 0)
+                    )
+                    for w in range(WARPS):
+                        with T.sblock("warp"):
+                            vw = T.axis.spatial(WARPS, w)
                             T.reads(
                                 *regions(stored, ALL, head),
-                                first_page[0],
-                                inside[0],
-                                first_tile[0],
+                                page_table[0:S, 0:pages],
+                                q[0:B, row : row + M, 0:D],
+                                b[0], part[0], slot[0], packed[0],
+                            )  # fmt: skip
+                            T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
+                            # tiles before the split in its row, and packed tokens of the split
+                            first_tile = T.sblock_alloc_buffer((1,), "int32")
+                            inside = T.sblock_alloc_buffer((1,), "int32")
+                            q_pair = T.sblock_alloc_buffer((LANES, SPANS * PAIRS), "uint32")
+                            gain = T.sblock_alloc_buffer((LANES, 2), "float32")
+                            ref = T.sblock_alloc_buffer((LANES, 2), "float32")
+                            total = T.sblock_alloc_buffer((LANES, 2), "float32")
+                            acc = T.sblock_alloc_buffer((LANES, PRODUCTS * 4), "float32")
+                            zero_acc = T.sblock_alloc_buffer((LANES, 4), "float32")
+                            with T.sblock("first_tile"):
+                                first_tile[0] = part[0] * (split // TOKENS)
+                            with T.sblock("inside"):
+                                inside[0] = T.min(split, packed[0] - first_tile[0] * TOKENS)
+                            first = T.meta_var(first_tile[0] * TOKENS)
+                            turns = T.meta_var(
+                                T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, WARPS))
                             )
-                            T.writes(*regions(tile_places, vw, 0))
+                            first_page = T.sblock_alloc_buffer((1,), "int32")
+                            next_page = T.sblock_alloc_buffer((1,), "int32")
+                            with T.sblock("first_page"):
+                                T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
+                                T.writes(first_page[0])
+                                first_page[0] = T.if_then_else(
+                                    turns > 0, page_table[slot[0], (first + vw * TOKENS) // P], 0
+                                )
+                            # of a row's packed tokens `append` writes the last one's value
+                            at_last = T.meta_var(packed[0] <= first + (vw + 1) * TOKENS)
                             at = T.meta_var((first + vw * TOKENS) % P)
-                            copy_first(stored, first_page[0], head, at, tile_places, vw, 0)
-                        with T.sblock("second_page"):
-                            T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
-                            T.writes(next_page[0])
-                            next_page[0] = T.if_then_else(
-                                turns > 1,
-                                page_table[slot[0], (first + (WARPS + vw) * TOKENS) // P],
-                                0,
-                            )
-                        queries(q, b, row, scale, q_pair, gain)
-                        start(ref, total, acc)
-                        start_zeros(zero_acc)
-                        for c in T.serial(turns):
-                            with T.sblock("tile"):
-                                vc = T.axis.opaque(SPLIT, c)
+                            with T.sblock("copy_first"):
+                                T.where(T.And(turns > 0, T.Not(at_last)))
                                 T.reads(
                                     *regions(stored, ALL, head),
-                                    page_table[0:S, 0:pages],
-                                    slot[0],
+                                    first_page[0],
                                     inside[0],
                                     first_tile[0],
-                                    q_pair[0:LANES, 0 : SPANS * PAIRS],
-                                    gain[0:LANES, 0:2],
+                                    packed[0],
                                 )
-                                # Declared as written only: an update in place is not scheduled.
-                                T.writes(
-                                    *regions(tile_places, vw),
-                                    next_page[0],
-                                    ref[0:LANES, 0:2],
-                                    total[0:LANES, 0:2],
-                                    acc[0:LANES, 0 : PRODUCTS * 4],
-                                    zero_acc[0:LANES, 0:4],
+                                T.writes(*regions(tile_places, vw, 0))
+                                copy_first(stored, first_page[0], head, at, tile_places, vw, 0)
+                            with T.sblock("second_page"):
+                                T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
+                                T.writes(next_page[0])
+                                next_page[0] = T.if_then_else(
+                                    turns > 1,
+                                    page_table[slot[0], (first + (WARPS + vw) * TOKENS) // P],
+                                    0,
                                 )
-                                place = T.meta_var(vc % PLACES)
-                                left = T.meta_var(inside[0] - (vc * WARPS + vw) * TOKENS)
-                                after = T.meta_var(first + ((vc + 1) * WARPS + vw) * TOKENS)
-                                score = T.sblock_alloc_buffer((LANES, X, 2), "float32")
-                                lift = T.sblock_alloc_buffer((LANES,), "float32")
-                                keep = T.sblock_alloc_buffer((LANES, 2), "float32")
-                                prob_pair = T.sblock_alloc_buffer((LANES, X), "uint32")
-                                arrive()
-                                # What is behind the last token may be anything.
-                                with T.sblock("value_tail"):
-                                    T.where(left < TOKENS)
-                                    T.reads(inside[0])
-                                    T.writes(*regions((v_scale_tile, v_zero_tile), vw))
-                                    no_scale(v_scale_tile, vw, place, left)
-                                    no_zero(v_zero_tile, vw, place, left)
-                                    cleared()
-                                with T.sblock("copy_next"):
-                                    T.where(vc + 1 < turns)
+                            # TVM takes no vector by an index that has the rows of a tile in it
+                            first_row = T.sblock_alloc_buffer((1,), "int32")
+                            with T.sblock("first_row"):
+                                first_row[0] = row
+                            queries(q, b[0], first_row[0], scale, q_pair, gain)
+                            start(ref, total, acc)
+                            start_zeros(zero_acc)
+                            appended()  # nothing before this reads what `append` writes
+                            with T.sblock("copy_last"):
+                                T.where(T.And(turns > 0, at_last))
+                                T.reads(
+                                    *regions(stored, ALL, head),
+                                    first_page[0],
+                                    inside[0],
+                                    first_tile[0],
+                                    packed[0],
+                                )
+                                T.writes(*regions(tile_places, vw, 0))
+                                copy_last(stored, first_page[0], head, at, tile_places, vw, 0)
+                            for c in T.serial(turns):
+                                with T.sblock("tile"):
+                                    vc = T.axis.opaque(SPLIT, c)
                                     T.reads(
                                         *regions(stored, ALL, head),
-                                        next_page[0],
+                                        page_table[0:S, 0:pages],
+                                        slot[0],
                                         inside[0],
                                         first_tile[0],
+                                        q_pair[0:LANES, 0 : SPANS * PAIRS],
+                                        gain[0:LANES, 0:2],
                                     )
-                                    T.writes(*regions(tile_places, vw))
-                                    copy_next(
-                                        stored, next_page[0], head, after % P,
-                                        tile_places, vw, (vc + 1) % PLACES,
+                                    # Declared as written only: an update in place is not scheduled.
+                                    T.writes(
+                                        *regions(tile_places, vw),
+                                        next_page[0],
+                                        ref[0:LANES, 0:2],
+                                        total[0:LANES, 0:2],
+                                        acc[0:LANES, 0 : PRODUCTS * 4],
+                                        zero_acc[0:LANES, 0:4],
+                                    )
+                                    place = T.meta_var(vc % PLACES)
+                                    left = T.meta_var(inside[0] - (vc * WARPS + vw) * TOKENS)
+                                    after = T.meta_var(first + ((vc + 1) * WARPS + vw) * TOKENS)
+                                    score = T.sblock_alloc_buffer((LANES, X, 2), "float32")
+                                    lift = T.sblock_alloc_buffer((LANES,), "float32")
+                                    keep = T.sblock_alloc_buffer((LANES, 2), "float32")
+                                    prob_pair = T.sblock_alloc_buffer((LANES, X), "uint32")
+                                    arrive()
+                                    # What is behind the last token may be anything.
+                                    with T.sblock("value_tail"):
+                                        T.where(left < TOKENS)
+                                        T.reads(inside[0])
+                                        T.writes(*regions((v_scale_tile, v_zero_tile), vw))
+                                        no_scale(v_scale_tile, vw, place, left)
+                                        no_zero(v_zero_tile, vw, place, left)
+                                        cleared()
+                                    with T.sblock("copy_next"):
+                                        T.where(vc + 1 < turns)
+                                        T.reads(
+                                            *regions(stored, ALL, head),
+                                            next_page[0],
+                                            inside[0],
+                                            first_tile[0],
+                                        )
+                                        T.writes(*regions(tile_places, vw))
+                                        copy_next(
+                                            stored, next_page[0], head, after % P,
+                                            tile_places, vw, (vc + 1) % PLACES,
+                                        )  # fmt: skip
+                                    with T.sblock("next_page"):
+                                        T.reads(
+                                            page_table[slot[0], 0:pages], inside[0], first_tile[0]
+                                        )
+                                        T.writes(next_page[0])
+                                        next_page[0] = T.if_then_else(
+                                            vc + 2 < turns,
+                                            page_table[slot[0], (after + WARPS * TOKENS) // P],
+                                            0,
+                                        )
+                                    scores(
+                                        q_pair, gain, k_code_tile, k_scale_tile, k_zero_tile, vw,
+                                        place, left, score,
                                     )  # fmt: skip
-                                with T.sblock("next_page"):
-                                    T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
-                                    T.writes(next_page[0])
-                                    next_page[0] = T.if_then_else(
-                                        vc + 2 < turns,
-                                        page_table[slot[0], (after + WARPS * TOKENS) // P],
-                                        0,
+                                    find_lift(v_scale_tile, vw, place, lift)
+                                    softmax(
+                                        score,
+                                        lambda lane: lift[lane],
+                                        ref,
+                                        total,
+                                        acc,
+                                        keep,
+                                        prob_pair,
                                     )
-                                scores(
-                                    q_pair, gain, k_code_tile, k_scale_tile, k_zero_tile, vw, place,
-                                    left, score,
-                                )  # fmt: skip
-                                find_lift(v_scale_tile, vw, place, lift)
-                                softmax(
-                                    score, lambda lane: lift[lane], ref, total, acc, keep, prob_pair
-                                )
-                                bring_zeros(keep, zero_acc)
-                                outputs(
-                                    prob_pair, v_code_tile, v_scale_tile, v_zero_tile, vw, place,
-                                    acc, zero_acc,
-                                )  # fmt: skip
-                        totals = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        sum_up(total, totals)
-                        store_stat(ref, totals, vw, warp_ref, warp_sum)
-                        zero_of = T.sblock_alloc_buffer((LANES, N_v, 2), "float32")
-                        for g, lane, e in T.grid(N_v, LANES, 2):
-                            with T.sblock("zero_of"):
-                                vg, vl, ve = T.axis.remap("SSS", [g, lane, e])
-                                zero_of[vl, vg, ve] = zero_acc[
-                                    vg % QUERIES * 4 + vl % 4, vg // QUERIES * 2 + ve
-                                ]
-                        for t, lane, e in T.grid(PRODUCTS, LANES, 4):
-                            with T.sblock("warp_acc"):
-                                vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
-                                T.where(lane % 4 * 2 + e % 2 < M)
-                                warp_acc[
-                                    vw,
-                                    vl % 4 * 2 + ve % 2,
-                                    tile.channel(vt, vl // 4 + ve // 2 * 8),
-                                ] = (
-                                    acc[vl, vt * 4 + ve] * T.float32(CODE_UNIT)
-                                    + zero_of[vl, tile.channel(vt, 0) // G_v, ve % 2]
-                                )
-                for m in range(M):
-                    with T.sblock("store_stat"):
-                        vm = T.axis.spatial(M, m)
-                        top = T.meta_var(highest(WARPS, warp_ref, vm))
-                        part_stat[b, row + vm, work[vi, 1], 0] = top
-                        part_stat[b, row + vm, work[vi, 1], 1] = joined(
-                            WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
-                        )
-                for m, d in T.grid(M, D):
-                    with T.sblock("store_acc"):
-                        vm, vd = T.axis.remap("SS", [m, d])
-                        top = T.meta_var(highest(WARPS, warp_ref, vm))
-                        part_acc[b, row + vm, work[vi, 1], vd] = joined(
-                            WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
-                        )
+                                    bring_zeros(keep, zero_acc)
+                                    outputs(
+                                        prob_pair, v_code_tile, v_scale_tile, v_zero_tile, vw,
+                                        place, acc, zero_acc,
+                                    )  # fmt: skip
+                            totals = T.sblock_alloc_buffer((LANES, 2), "float32")
+                            sum_up(total, totals)
+                            store_stat(ref, totals, vw, warp_ref, warp_sum)
+                            zero_of = T.sblock_alloc_buffer((LANES, N_v, 2), "float32")
+                            for g, lane, e in T.grid(N_v, LANES, 2):
+                                with T.sblock("zero_of"):
+                                    vg, vl, ve = T.axis.remap("SSS", [g, lane, e])
+                                    zero_of[vl, vg, ve] = zero_acc[
+                                        vg % QUERIES * 4 + vl % 4, vg // QUERIES * 2 + ve
+                                    ]
+                            for t, lane, e in T.grid(PRODUCTS, LANES, 4):
+                                with T.sblock("warp_acc"):
+                                    vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
+                                    T.where(lane % 4 * 2 + e % 2 < M)
+                                    warp_acc[
+                                        vw,
+                                        vl % 4 * 2 + ve % 2,
+                                        tile.channel(vt, vl // 4 + ve // 2 * 8),
+                                    ] = (
+                                        acc[vl, vt * 4 + ve] * T.float32(CODE_UNIT)
+                                        + zero_of[vl, tile.channel(vt, 0) // G_v, ve % 2]
+                                    )
+                    for m in range(M):
+                        with T.sblock("store_stat"):
+                            vm = T.axis.spatial(M, m)
+                            top = T.meta_var(highest(WARPS, warp_ref, vm))
+                            part_stat[b[0], row + vm, part[0], 0] = top
+                            part_stat[b[0], row + vm, part[0], 1] = joined(
+                                WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm]
+                            )
+                    for m, d in T.grid(M, D):
+                        with T.sblock("store_acc"):
+                            vm, vd = T.axis.remap("SS", [m, d])
+                            top = T.meta_var(highest(WARPS, warp_ref, vm))
+                            part_acc[b[0], row + vm, part[0], vd] = joined(
+                                WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd]
+                            )
 
     return attend

@@ -25,6 +25,7 @@ from kivi_tvm.ops.online_softmax import (
 )
 from kivi_tvm.ops.regions import regions
 from kivi_tvm.ops.ring import row_blocks, slot_of
+from kivi_tvm.ops.waits import wait_block
 
 CHUNK_BYTES = 32768  # of the window's keys, and of its values, that are held at once
 MAX_CHUNK_TOKENS = 128
@@ -66,6 +67,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
     C, X_C, SUMS, X_SUMS = chunk_tokens(key), CHUNK_PARTS, TOKEN_SUMS, PART_SUMS
     start, softmax = start_blocks(M, D), softmax_blocks(M, C)
     find_row = row_blocks(key)
+    attended = wait_block("attended")
     merge, merge_parts = merge_blocks(M, D), merge_blocks(M, D, "_parts")
 
     @T.prim_func(s_tir=True)
@@ -201,12 +203,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
                         T.reads(*regions((*run, *chunk)))
                         T.writes(*regions(run))
                         merge(run_max, run_sum, run_acc, chunk_max, chunk_sum, chunk_acc)
-                # Nothing before this reads what `attend` writes. As mathematics it is nothing.
-                attended = T.sblock_alloc_buffer((1,), "uint32")
-                with T.sblock("attended"):
-                    T.reads()
-                    T.writes(attended[0])
-                    attended[0] = T.uint32(1)
+                attended()  # nothing before this reads what `attend` writes
                 for c in T.serial(T.ceildiv(entries[0], X_C)):
                     with T.sblock("parts"):
                         vc = T.axis.opaque(T.ceildiv(X, X_C), c)

@@ -12,6 +12,7 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.contract_full import (
+    LOADED,
     MATRICES,
     TOKENS,
     full_output_blocks,
@@ -29,6 +30,7 @@ from kivi_tvm.ops.softmax_half import (
     total_blocks,
     warp_stat_block,
 )
+from kivi_tvm.ops.waits import wait_block
 
 WARPS = 8
 
@@ -42,11 +44,13 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
     tiles, tile = row_tiles(key, min(row_tile or QUERIES, QUERIES)), FullTile(key.head_dim)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     BLOCKS, APART, PRODUCTS = tile.value_blocks, tile.channels_apart, tile.value_rows
-    scores = full_score_blocks(tile, M, dtype)
+    SPANS = tile.key_spans
+    load_keys, scores = full_score_blocks(tile, M, dtype)
     load_values, outputs = full_output_blocks(tile, dtype)
     start, softmax = start_half_blocks(PRODUCTS), softmax_half_blocks(MATRICES, PRODUCTS, dtype)
     find_row, sum_up, store_stat = row_blocks(key), total_blocks(), warp_stat_block(M)
     fold_parts = part_blocks(tile, M, WARPS)
+    attended = wait_block("attended")
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -144,26 +148,20 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                 place = T.meta_var(
                                     lambda token: slot_of(oldest[0], count[0], token, ring)
                                 )
+                                k_near = T.sblock_alloc_buffer((LANES, SPANS, 2, LOADED), dtype)
                                 v_near = T.sblock_alloc_buffer((LANES, BLOCKS, 4, APART), dtype)
                                 score = T.sblock_alloc_buffer((LANES, MATRICES, 2), "float32")
                                 keep = T.sblock_alloc_buffer((LANES, 2), "float32")
                                 prob_pair = T.sblock_alloc_buffer((LANES, MATRICES), "uint32")
-                                scores(
-                                    k_ring, slot[0], kv, place, q_near, scale, before, count[0],
-                                    score,
-                                )  # fmt: skip
+                                load_keys(k_ring, slot[0], kv, place, before, k_near)
                                 load_values(v_ring, slot[0], kv, place, before, v_near)
+                                scores(k_near, q_near, scale, before, count[0], score)
                                 softmax(
                                     score, lambda lane: T.float32(0), ref, total, acc, keep,
                                     prob_pair,
                                 )  # fmt: skip
                                 outputs(v_near, prob_pair, acc)
-                        # Nothing before this reads what `attend` writes; no mathematics.
-                        attended = T.sblock_alloc_buffer((1,), "uint32")
-                        with T.sblock("attended"):
-                            T.reads()
-                            T.writes(attended[0])
-                            attended[0] = T.uint32(1)
+                        attended()  # nothing before this reads what `attend` writes
                         fold_parts(part_acc, part_stat, vb, first, entries, vw, ref, total, acc)
                         totals = T.sblock_alloc_buffer((LANES, 2), "float32")
                         sum_up(total, totals)

@@ -19,19 +19,16 @@ DOT_SUMS = 2  # products in a row go into different sums: none waits for the one
 
 
 def full_score_blocks(tile: FullTile, M: int, dtype: str):
-    """`score [lane, matrix, e]` of a tile's tokens in log2 units; lowest from token `count` on.
+    """Loads of a tile's keys; and `score [lane, matrix, e]` with them in log2 units.
 
-    `before` tokens are before the tile; `place(token)` is where a token lies in the ring.
+    `before` tokens are before the tile; `place(token)` is where a token lies in the ring. Scores
+    are the lowest number from token `count` on.
     """
     D, SPANS = tile.head_dim, tile.key_spans
     dot_mma = mma_block("dot", dtype)
 
     @T.macro
-    def scores(k_ring, slot, head, place, q_near, scale, before, count, score):
-        q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
-        q_pair = T.sblock_alloc_buffer((LANES, SPANS * LOADED // 2), "uint32")
-        k_near = T.sblock_alloc_buffer((LANES, SPANS, 2, LOADED), dtype)
-        dot = T.sblock_alloc_buffer((LANES, DOT_SUMS * 4), "float32")
+    def load(k_ring, slot, head, place, before, k_near):
         for s, x, lane, o in T.grid(SPANS, 2, LANES, LOADED):
             with T.sblock("k_near"):
                 vs, vx, vl, vo = T.axis.remap("SSSS", [s, x, lane, o])
@@ -39,6 +36,12 @@ def full_score_blocks(tile: FullTile, M: int, dtype: str):
                 at = T.meta_var(place(token))
                 run = T.meta_var(T.min(4 * vs + vl % 4, D // LOADED - 1))
                 k_near[vl, vs, vx, vo] = k_ring[slot, head, at, run * LOADED + vo]
+
+    @T.macro
+    def scores(k_near, q_near, scale, before, count, score):
+        q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
+        q_pair = T.sblock_alloc_buffer((LANES, SPANS * LOADED // 2), "uint32")
+        dot = T.sblock_alloc_buffer((LANES, DOT_SUMS * 4), "float32")
         for s, lane, o in T.grid(SPANS, LANES, LOADED):
             with T.sblock("q_load"):
                 vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
@@ -83,7 +86,7 @@ def full_score_blocks(tile: FullTile, M: int, dtype: str):
                     T.min_value("float32"),
                 )
 
-    return scores
+    return load, scores
 
 
 def full_output_blocks(tile: FullTile, dtype: str):

@@ -77,18 +77,23 @@ def query_blocks(key: KernelKey, M: int):
 
     @T.macro
     def queries(q, b, row, scale, q_pair, gain):
+        q_load = T.sblock_alloc_buffer((LANES, SPANS, W), key.dtype)
         q_raw = T.sblock_alloc_buffer((LANES, SPANS, W), "float32")
         q_own = T.sblock_alloc_buffer((LANES, 1), "float32")
         q_near = T.sblock_alloc_buffer((LANES, 1), "float32")
         q_top = T.sblock_alloc_buffer((LANES, 1), "float32")
         q_unit = T.sblock_alloc_buffer((LANES,), "float32")
         for s, lane, o in T.grid(SPANS, LANES, W):
+            with T.sblock("q_load"):
+                vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
+                run = T.meta_var(T.min(4 * vs + vl % 4, D // W - 1))
+                q_load[vl, vs, vo] = q[b, row + T.min(vl // 4, M - 1), run * W + vo]
+        for s, lane, o in T.grid(SPANS, LANES, W):
             with T.sblock("q_raw"):
                 vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
-                channel = T.meta_var((4 * vs + vl % 4) * W + vo)
-                q_raw[vl, vs, vo] = T.if_then_else(
-                    T.And(vl // 4 < M, channel < D),
-                    T.Cast("float32", q[b, row + vl // 4, channel]),
+                q_raw[vl, vs, vo] = T.Select(
+                    T.And(vl // 4 < M, 4 * vs + vl % 4 < D // W),
+                    T.Cast("float32", q_load[vl, vs, vo]),
                     T.float32(0),
                 )
         for lane, s, o in T.grid(LANES, SPANS, W):

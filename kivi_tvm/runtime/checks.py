@@ -14,6 +14,7 @@ from torch import Tensor
 outside_inference_mode = torch.inference_mode(mode=False)
 
 INDEX_LIMIT = 2**31  # kernels index elements with int32
+LINE_BYTES = 16  # of a query that kernels in compute mode "half" load at once
 
 
 def check_tensor(
@@ -62,6 +63,18 @@ def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
         and (x.is_contiguous() or x.stride(-1) == 1)
         and not x.requires_grad
     )
+
+
+def in_lines(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if its rows do not begin at multiples of `LINE_BYTES`.
+
+    Those of a contiguous tensor do where it begins so: a head is so many bytes or a multiple.
+    """
+    line = LINE_BYTES // x.element_size()
+    apart = () if x.is_contiguous() else zip(x.stride()[:-1], x.shape[:-1], strict=True)
+    if x.data_ptr() % LINE_BYTES or any(step % line for step, count in apart if count > 1):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def check_no_overlap(name: str, x: Tensor) -> None:

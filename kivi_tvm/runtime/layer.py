@@ -16,6 +16,7 @@ from kivi_tvm.runtime.checks import (
     check_rows,
     check_tensor,
     fits,
+    in_lines,
     span,
 )
 from kivi_tvm.runtime.memory import LayerMemory
@@ -74,6 +75,7 @@ class CacheLayer:
         # a launch costs more than the window does
         on_gpu = cache.device.type == "cuda"
         self._combine_window = cache.kernels["combine_window"] if on_gpu else None
+        self._takes_lines = on_gpu and cache.module.manifest["compute"] == "half"
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -223,11 +225,13 @@ class CacheLayer:
                 out = torch.empty_like(q, memory_format=torch.contiguous_format)
             if cache.step.flushed:
                 saved = self._save_windows()
+            # `attend` begins with what was there before `append`
+            queries = in_lines(q) if self._takes_lines else q
             self._append(k_new.unsqueeze(2), v_new.unsqueeze(2))
             kernels, space = cache.kernels, cache.workspace
             parts, work = space.parts, space.work
             if work is not None:
-                kernels["attend"](*self._attend_args, work, q, scale, *parts)
+                kernels["attend"](*self._attend_args, work, queries, scale, *parts)
             if self._combine_window and not self._sink_args:
                 self._combine_window(*self._window_args, q, scale, space.split, *parts, out, lse)
             else:
@@ -352,6 +356,7 @@ class CacheLayer:
         B, H, used, D = q.shape
         # The kernels take `rows` tokens' queries of a head as so many heads; the rest is padding.
         padded = torch.nn.functional.pad(q, (0, 0, 0, space.rows - used)).reshape(B, -1, D)
+        padded = in_lines(padded)
         result = torch.empty_like(padded)
         lse = torch.empty(padded.shape[:2], device=q.device)
         if space.work is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
+from kivi_tvm.config import KernelKey
 from kivi_tvm.schedules.gpu.quantize_key import key_group
 from kivi_tvm.schedules.gpu.quantize_value import value_token
 from kivi_tvm.schedules.threads import over_groups, over_last, over_threads, share, work_group
@@ -17,6 +18,12 @@ BY_CHANNEL = (
     "load_value", "value_code", "load_word", "store_value_code", "write_value", "keep_key",
     "write_key", "store_key_scale", "write_back",
 )  # fmt: skip
+
+
+def beginning(key: KernelKey, extends: bool) -> str:
+    """`attend` begins with tokens that were packed before."""
+    del key, extends
+    return "release"
 
 
 def append(sch: Schedule, hardware: Hardware) -> None:

@@ -31,8 +31,6 @@ REDUCED = "q_zero", "max", "sum", "p_zero"
 
 CHUNK_TOKENS = 128
 ROW_TILES = 1, 2, 4  # more would spill registers
-# What comes next attends to the window meanwhile, which was written before.
-BEGINNING = "release"
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
@@ -50,6 +48,15 @@ def min_blocks(key: KernelKey) -> int:
     """Two where there are no registers for three, on some architecture: 167 each."""
     wide = key.head_dim > WIDE_HEAD or key.rows_per_query > 1
     return 2 if key.compute == "half" and wide else MIN_BLOCKS
+
+
+def beginning(key: KernelKey, extends: bool) -> str:
+    """What comes next attends to the window meanwhile, which was written before.
+
+    In mode "half" everything begins while `append` runs; other kernels may not have waited for the
+    queries.
+    """
+    return "within" if key.compute == "half" and not extends else "release"
 
 
 def shared_bytes(key: KernelKey, hardware: Hardware, rows: int, chunk: int) -> int:

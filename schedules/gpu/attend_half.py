@@ -7,11 +7,12 @@ from itertools import product
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.ops.attend_half import FIRST, NEXT
+from kivi_tvm.ops.attend_half import FIRST, LAST, NEXT
 from kivi_tvm.ops.fragments import QUERIES
 from kivi_tvm.ops.staged_tile import staged_bytes
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE, arrive, clear_item, copy_line
+from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.mma import mma, transpose
 from kivi_tvm.schedules.primitives import extent_of
 from kivi_tvm.schedules.threads import (
@@ -26,7 +27,12 @@ from kivi_tvm.schedules.threads import (
 )
 from kivi_tvm.targets import Hardware
 
+SCALARS = (
+    "b", "part", "slot", "packed", "first_tile", "inside", "first_page", "second_page", "next_page",
+    "first_row", "appended",
+)  # fmt: skip
 LOADS = {  # elements of 16 bytes
+    "q_load": 8,
     "key_word": 4, "key_zero": 8, "key_scale": 8,
     "value_word": 4, "value_zero": 8, "value_scale": 8, "top_scale": 8,
 }  # fmt: skip
@@ -77,13 +83,14 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
     warp = sch.get_loops(sch.get_sblock("warp"))[-1]
     group = WorkGroup(extent_of(sch, warp), hardware.warp)
     # 1. what a warp computes lies in the registers of its lanes
-    for name in "slot", "first_tile", "inside", "first_page", "second_page", "next_page":
+    for name in SCALARS:
         keep_local(sch, name)
     keep_in_registers(sch, sch.get_sblock("warp"))
     for name in BY_LANE:
-        by_lane(sch, sch.get_sblock(name), LOADS.get(name, 1))
+        block = sch.get_sblock(name)
+        by_lane(sch, block, min(LOADS.get(name, 1), extent_of(sch, sch.get_loops(block)[-1])))
     # 2. tiles are copied on their own while the one before is computed with
-    for turn, (name, dtype) in product((FIRST, NEXT), COPIES.items()):
+    for turn, (name, dtype) in product((FIRST, LAST, NEXT), COPIES.items()):
         lines, line = (sch.get_sblock(f"{turn}_{name}{part}") for part in ("", "_line"))
         sch.set_scope(line, 0, SCOPE)
         sch.tensorize(sch.get_loops(line)[-1], copy_line(dtype))
@@ -93,6 +100,8 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
         by_lane(sch, sch.get_sblock(name))
     for name in "arrive", "cleared":
         sch.tensorize(sch.get_loops(sch.get_sblock(name))[-1], arrive())
+    if hardware.early_launch:
+        sch.tensorize(sch.get_sblock("appended"), wait(release=True))
     # 3. products and the transpose by instructions of the warp
     for name in PRODUCTS:
         *outer, row, _, _ = sch.get_loops(sch.get_sblock(name))

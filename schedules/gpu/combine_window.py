@@ -33,7 +33,6 @@ ELEMENTWISE = (
 )  # fmt: skip
 THREADS, LANES = 256, 8
 ROW_TILES, DEFAULT_ROWS = (1, 2, 4), 2
-BEGINNING = "later"  # the window was written before `attend`, which may still be running
 REDUCED = "max", "sum", "part_max", "part_sum"
 # What is summed over tokens or partial results, the loads of it, and the sum of those sums.
 SUMS = ("acc", "v_near", "chunk_acc"), ("parts_of", "part_near", "parts_acc")
@@ -51,6 +50,12 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
     options = sorted({min(n, key.rows) for n in fits})
     default = DEFAULT_ROWS if lanes_of(key.head_dim * DTYPE_BYTES[key.dtype]) == LANES else 1
     return {"row_tile": (options, min(default, options[-1]))}
+
+
+def beginning(key: KernelKey, extends: bool) -> str:
+    """The window was written before `attend`, which may still be running."""
+    del key, extends
+    return "later"
 
 
 def lanes_of(token_bytes: int) -> int:
