@@ -71,6 +71,27 @@ def test_extend(cfg):
         assert_close(out[row].cpu(), want[row], what=f"row {row}", bound=bound)
 
 
+def displaced(x):
+    """The same numbers where no row begins at a multiple of 16 bytes from another."""
+    wide = torch.empty(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype, device=x.device)
+    found = wide[..., 1:-2]
+    return found.copy_(x)
+
+
+@pytest.mark.parametrize("cfg", SOME, ids=config_id)
+def test_inputs_may_lie_anywhere(cfg):
+    lengths = [700, 3, cfg.R]
+    cache, inputs = prefilled(cfg, lengths, 3)
+    other = cuda_cache(cfg, len(lengths))
+    other.prefill(inputs.k.cuda(), inputs.v.cuda(), lengths)
+    q, k, v = (x.cuda() for x in (inputs.q, inputs.k_new, inputs.v_new))
+    assert torch.equal(
+        cache.decode(q[0], k[0], v[0]), other.decode(*map(displaced, (q[0], k[0], v[0])))
+    )
+    step = [x[1:].movedim(0, 2).contiguous() for x in (q, k, v)]
+    assert torch.equal(cache.extend(*step), other.extend(*map(displaced, step)))
+
+
 @pytest.mark.parametrize("cfg", SOME, ids=config_id)
 def test_a_row_alone_gives_the_bits_of_a_batch(cfg):
     lengths = [2500, 17, cfg.R, 1100]
