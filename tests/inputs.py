@@ -7,6 +7,7 @@ import math
 import torch
 
 from kivi_tvm.tune.cases.case import strided as strided
+from kivi_tvm.tune.cases.case import strided_queries as strided_queries
 from kivi_tvm.workloads import Workload, make_inputs
 
 # Where quantization can go wrong.

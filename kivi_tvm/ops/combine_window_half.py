@@ -153,8 +153,8 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                 score = T.sblock_alloc_buffer((LANES, MATRICES, 2), "float32")
                                 keep = T.sblock_alloc_buffer((LANES, 2), "float32")
                                 prob_pair = T.sblock_alloc_buffer((LANES, MATRICES), "uint32")
-                                load_keys(k_ring, slot[0], kv, place, before, k_near)
                                 load_values(v_ring, slot[0], kv, place, before, v_near)
+                                load_keys(k_ring, slot[0], kv, place, before, k_near)
                                 scores(k_near, q_near, scale, before, count[0], score)
                                 softmax(
                                     score, lambda lane: T.float32(0), ref, total, acc, keep,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from configurations import CONFIGS, FEW, config_id, library, with_window
-from inputs import ATTENDED_DATA, draw, strided
+from inputs import ATTENDED_DATA, draw, strided_queries
 from ops import integer_attention
 from ops.partials import Partials
 from pools import Pool, assert_same_bits
@@ -53,13 +53,14 @@ def attended(cfg, pool, q, scale, work):
     return parts
 
 
-def check(cfg, lengths, data="normal", scale=None, view=strided, bound=None):
+def check(cfg, lengths, data="normal", scale=None, view=None, bound=None):
     inputs = draw(cfg, max(n or 0 for n in lengths), lengths, data=data)
     scale = cfg.D**-0.5 if scale is None else scale
     pool = Pool(cfg, lengths)
     pool.store_keys(inputs.k)
     pool.store_values(inputs.v)
-    parts = attended(cfg, pool, view(inputs.q[0]), scale, work_items(pool))
+    q = view(inputs.q[0]) if view else strided_queries(inputs.q[0], cfg.compute)
+    parts = attended(cfg, pool, q, scale, work_items(pool))
     written = dict.fromkeys(range(len(lengths)), 0)
     for row, _, _ in pool.active():
         k, v = pool.dense_keys(inputs.k, row), pool.dense_values(inputs.v, row)

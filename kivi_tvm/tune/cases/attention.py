@@ -11,7 +11,17 @@ from kivi_tvm import layout, reference
 from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.ops import ALL_FUNCTIONS
 from kivi_tvm.tune.candidate import Task
-from kivi_tvm.tune.cases.case import Argument, Call, Case, Rule, ints, scalar, strided, tensor
+from kivi_tvm.tune.cases.case import (
+    Argument,
+    Call,
+    Case,
+    Rule,
+    ints,
+    scalar,
+    strided,
+    strided_queries,
+    tensor,
+)
 from kivi_tvm.tune.cases.inputs import (
     KEYS,
     RINGS,
@@ -159,7 +169,8 @@ def _check_attend(task: Task, lengths: Lengths, data: str) -> Call:
             work.append((row, index))
     idle = [(-1, 0)]
     items = ints(idle + work[::-1] + idle)
-    start = [*held(pool, (*PAGES, *TABLES)), items, tensor(strided(q)), scalar(scale)]
+    queries = strided_queries(q, _key(task).compute)
+    start = [*held(pool, (*PAGES, *TABLES)), items, tensor(queries), scalar(scale)]
     return Call([*start, *parts.arguments()], [parts.rule(len(start))])
 
 

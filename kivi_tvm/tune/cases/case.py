@@ -94,10 +94,18 @@ def ints(values: Sequence[Any]) -> Argument:
     return tensor(torch.tensor(values, dtype=torch.int32))
 
 
-def strided(x: Tensor) -> Tensor:
-    """The same values as a view with inner stride 1 and awkward outer strides."""
+def strided(x: Tensor, start: int = 3) -> Tensor:
+    """The same values as a view with inner stride 1 and awkward outer strides.
+
+    Rows begin at element `start` of 8 more than they have.
+    """
     *outer, tokens_or_heads, D = x.shape
     room = x.new_full((tokens_or_heads, *outer, D + 8), math.nan)
-    view = room[..., 3 : D + 3].movedim(0, -2)
+    view = room[..., start : D + start].movedim(0, -2)
     view.copy_(x)
     return view
+
+
+def strided_queries(x: Tensor, compute: str) -> Tensor:
+    """`strided`; where `attend` in mode "half" loads 16 bytes at once, they may begin."""
+    return strided(x, 8 if compute == "half" else 3)
