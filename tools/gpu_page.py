@@ -28,10 +28,12 @@ HEAD = """# On an NVIDIA GPU
 
 One layer's step (append, attention, merge) against the fastest of PyTorch's attention backends
 (flash, cuDNN, memory-efficient; query heads given as heads or as rows of their KV head) on a
-float16 cache with its new token written, both replayed in CUDA graphs over so many layers that
-their caches exceed the L2 cache, each checked against float64 attention first. D=128, 32 query
-heads. "Share" is the rate at which `attend` reads packed memory over the bandwidth of a copy in the
-same run, read and written bytes counted; a read alone can be faster than a copy.
+float16 cache with its new token written, both replayed in CUDA graphs of the layers of a model, or
+so many more that their caches exceed the L2 cache, warmed up, and checked against float64 attention
+first. D=128, 32 query heads. `attend` is timed in a graph of its own, where each begins while the
+one before ends, as it does behind `append` in a step. "Share" is the rate at which it reads packed
+memory over the bandwidth of a copy in the same run, read and written bytes counted; a read alone
+can be faster than a copy.
 
 ![times faster than 16-bit attention against tokens](gpu.png)
 
@@ -146,7 +148,7 @@ def check_table(records: list[Record]) -> str:
 
 def commits(*measured: list[Record]) -> str:
     """What was measured at which commit."""
-    names = [records[0]["commit"] for records in measured]
+    names = [" and ".join(dict.fromkeys(x["commit"] for x in records)) for records in measured]
     if len(set(names)) == 1:
         return f"All of it is of commit {names[0]}."
     parts = zip(("Checks", "steps", "models"), names, strict=True)
