@@ -63,11 +63,8 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     scores, outputs = score_blocks(key), output_blocks(key)
     softmax = softmax_half_blocks(X, PRODUCTS)
     sum_up, store_stat = total_blocks(), warp_stat_block(M)
-    arrive, cleared, appended = (
-        arrive_block("arrive"),
-        arrive_block("cleared"),
-        wait_block("appended"),
-    )
+    arrive, cleared = arrive_block("arrive"), arrive_block("cleared")
+    appended = wait_block("appended")
     *_, of_token, _ = staged_arrays(key)
     no_scale, no_zero = (clear_tail_block(name, of_token) for name in ("no_scale", "no_zero"))
 
@@ -162,16 +159,9 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                     v_code_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_CODE), "uint32")
                     v_scale_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_SCALE), "float16")
                     v_zero_tile = T.sblock_alloc_buffer((WARPS, PLACES, V_ZERO), "float16")
-                    tile_places = T.meta_var(
-                        (
-                            k_code_tile,
-                            k_scale_tile,
-                            k_zero_tile,
-                            v_code_tile,
-                            v_scale_tile,
-                            v_zero_tile,
-                        )
-                    )
+                    keys = T.meta_var((k_code_tile, k_scale_tile, k_zero_tile))
+                    values = T.meta_var((v_code_tile, v_scale_tile, v_zero_tile))
+                    tile_places = T.meta_var((*keys, *values))
                     for w in range(WARPS):
                         with T.sblock("warp"):
                             vw = T.axis.spatial(WARPS, w)

@@ -188,7 +188,8 @@ class CacheLayer:
         Parameters
         ----------
         q : Tensor
-            `[B, H, D]` in the model dtype, inner stride 1.
+            `[B, H, D]` in the model dtype, inner stride 1. On GPUs, in compute mode "half", a copy
+            is made first of queries that do not begin at multiples of 16 bytes.
         k_new, v_new : Tensor
             `[B, H_kv, D]`, the new token's key (after RoPE) and value.
         scale : float, optional

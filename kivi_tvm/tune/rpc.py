@@ -38,7 +38,7 @@ class RpcRunner:
     host, port
         Of the tracker.
     key : str
-        What the servers were started with; all of them must be the same kind of device.
+        What the servers were started with; all of them must be the same kind of CPU.
     target : Target
         Of the servers, and of the candidates.
     threads : int, optional
@@ -69,11 +69,10 @@ class RpcRunner:
     ) -> None:
         self._host, self._port, self._key, self._target = host, port, key, target
         self._timeout_s, self._session_timeout = timeout_s, session_timeout
-        kind = "cuda" if target.kind.name == "cuda" else "cpu"
         count = self._require_servers(0.0)
         self._folder = Path(tempfile.mkdtemp(prefix="kivi-tvm-cases-"))
         self._cases: dict[Task, Path] = {}
-        options = ["--kind", kind, "--threads", str(threads or 0)]
+        options = ["--threads", str(threads or 0)]
         options += ["--session-timeout", str(session_timeout)]
         command = [sys.executable, "-P", "-m", "kivi_tvm.tune.rpc_worker"]
         self._guard = Guard()
@@ -85,7 +84,7 @@ class RpcRunner:
         for client in self._all:
             self._clients.put(client)
         self._pool = ThreadPoolExecutor(count, "rpc")
-        self.device = self._ask_device(kind)
+        self.device = self._ask_device()
 
     def measure(self, built: Sequence[Built]) -> list[Measured]:
         """Check and time candidates, as many at once as there are servers; the order is kept.
@@ -186,7 +185,7 @@ class RpcRunner:
             f"{answer['failure']['message']}"
         )
 
-    def _ask_device(self, kind: str) -> DeviceInfo:
+    def _ask_device(self) -> DeviceInfo:
         try:
             found = self._must({"do": "device"})
         except BaseException:
@@ -194,7 +193,7 @@ class RpcRunner:
             raise
         # Not the address: the same boards may be found elsewhere tomorrow.
         name = found["name"] or self._key
-        return DeviceInfo(name, kind, found["threads"])
+        return DeviceInfo(name, "cpu", found["threads"])
 
     def _case(self, task: Task) -> Path:
         if task not in self._cases:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,9 @@ Json = dict[str, Any]
 class Remote:
     """A session on one free server, and the memory of a call there."""
 
-    def __init__(self, session: Any, kind: str, threads: int) -> None:
+    def __init__(self, session: Any, threads: int) -> None:
         self.session = session
-        self.device = session.device(kind, 0)
+        self.device = session.cpu(0)
         if threads:
             session.get_function("runtime.config_threadpool")(1, threads)
 
@@ -119,18 +117,6 @@ def read_gb_per_s(remote: Remote, target: Json, folder: Path) -> float:
     module["write"](x)  # pages that nobody wrote are all one page of zeros
     evaluate = module.time_evaluator("read", remote.device, number=1, repeat=8)
     return float(READ_BYTES / min(evaluate(x, out).results) / 1e9)
-
-
-def copy_gb_per_s(remote: Remote) -> float:
-    """GB/s read and written by copies on the device; for a GPU, where reading alone is as fast."""
-    x, y = (tvm.runtime.empty((READ_BYTES // 4,), "int32", remote.device) for _ in range(2))
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        x.copyto(y)
-        remote.device.sync()
-        best = min(best, time.perf_counter() - start)
-    return 2 * READ_BYTES / best / 1e9
 
 
 def _export_read(target: Json, library: Path) -> None:

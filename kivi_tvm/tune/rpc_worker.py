@@ -21,7 +21,7 @@ import torch
 from tvm import rpc
 
 from kivi_tvm.tune.measure import FORMAT, Wrong
-from kivi_tvm.tune.rpc_remote import Remote, copy_gb_per_s, read_gb_per_s
+from kivi_tvm.tune.rpc_remote import Remote, read_gb_per_s
 
 # In the errors of a connection that ended, in TVM's C++ and Python.
 CONNECTION_WORDS = ("SockChannel", "Socket", "RPC", "connect", "Connect")
@@ -87,8 +87,6 @@ class Servers:
 
     def do_bandwidth(self, request: Json) -> Json:
         with self.session() as remote:
-            if self.given.kind == "cuda":
-                return {"gb_per_s": copy_gb_per_s(remote)}
             rate = read_gb_per_s(remote, request["target"], Path(request["folder"]))
             return {"gb_per_s": rate}
 
@@ -112,7 +110,7 @@ class Servers:
             session = tracker.request(given.key, session_timeout=share * given.session_timeout)
         finally:
             tracker.close()
-        yield Remote(session, given.kind, given.threads)
+        yield Remote(session, given.threads)
 
 
 def _blame(error: Exception) -> Json:
@@ -134,7 +132,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("host")
     parser.add_argument("port", type=int)
     parser.add_argument("key")
-    parser.add_argument("--kind", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--session-timeout", type=float, default=60.0)
     servers = Servers(parser.parse_args(words))
