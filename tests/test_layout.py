@@ -7,7 +7,7 @@ import pytest
 from configurations import CONFIGS
 
 from kivi_tvm import KiviConfig
-from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS
+from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS, WORD_BITS
 from kivi_tvm.layout import (
     SHORT_SPLITS,
     num_pages,
@@ -18,6 +18,7 @@ from kivi_tvm.layout import (
     ring_buffers,
     split_tokens,
 )
+from kivi_tvm.ops.fragments import TOKENS
 
 CFG = KiviConfig(128, 32, 8, key_bits=2, value_bits=4, residual_length=128, page_size=64)
 
@@ -70,6 +71,21 @@ def test_full_precision_buffers(rollback, window, sink_tokens, names):
 )
 def test_packed_counts(length, keys, values):
     assert (packed_keys(CFG, length), packed_values(CFG, length)) == (keys, values)
+
+
+@pytest.mark.parametrize("length", range(1, 5 * CFG.R))
+def test_of_what_a_step_attends_to_it_packs_the_last_value_alone(length):
+    """By which `attend` begins while `append` runs (`ops/attend_half.py`)."""
+    attended = packed_values(CFG, length)
+    assert packed_keys(CFG, length - 1) >= attended
+    assert packed_values(CFG, length - 1) >= attended - 1
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_values_of_two_tiles_share_no_word(bits):
+    order = pack_order("fragment", bits, 2 * TOKENS, min(WORD_BITS // bits, CFG.G // 4))
+    tiles = [{order.word(t) for t in range(i * TOKENS, (i + 1) * TOKENS)} for i in range(2)]
+    assert not tiles[0] & tiles[1]
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (64, 1), (65, 2), (256, 4)])
