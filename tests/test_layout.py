@@ -83,7 +83,7 @@ def test_of_what_a_step_attends_to_it_packs_the_last_value_alone(length):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_values_of_two_tiles_share_no_word(bits):
-    order = pack_order("fragment", bits, 2 * TOKENS, min(WORD_BITS // bits, CFG.G // 4))
+    order = pack_order("fragment", bits, 2 * TOKENS, min(WORD_BITS // bits, CFG.G_k // 4))
     tiles = [{order.word(t) for t in range(i * TOKENS, (i + 1) * TOKENS)} for i in range(2)]
     assert not tiles[0] & tiles[1]
 
