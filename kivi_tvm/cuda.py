@@ -20,8 +20,8 @@ PTXAS_LEVEL = "5"
 MACHINE_CODE = "\n// kivi-tvm: machine code of the above, as base64\n// "
 # How a kernel begins where kernels are launched before earlier ones have ended: "wait" for those;
 # and then "release" the next one, whose part before its own wait needs nothing of this kernel; or
-# go on, since it waits "later"; or both "within", and at the end what has not yet: the next kernel
-# is not to begin before this one has waited.
+# go on, since it waits "later"; or do both "within", and once more where it ends, for threads that
+# did not: no kernel ends, or lets the next one begin, before it has waited.
 BEGINNINGS = {
     "wait": "kivi_tvm_wait();",
     "release": "kivi_tvm_wait(); kivi_tvm_release();",
@@ -118,7 +118,10 @@ def with_early_launch(source: str, beginnings: Mapping[str, str]) -> str:
     sources = {"kivi_tvm_release": RELEASE_SOURCE, "kivi_tvm_wait": WAIT_SOURCE}
     helpers = "".join(text for name, text in sources.items() if name not in source)
     kernel = re.compile(r"((\w+)_kernel\([^)]*\) \{\n)(.*?)^\}\n", re.S | re.M)
-    return source[:at] + helpers + kernel.sub(launched_early, source[at:])
+    kernels, count = kernel.subn(launched_early, source[at:])
+    if count != len(re.findall(r"_kernel\([^)]*\) \{", source[at:])):
+        raise ValueError("`source` must have kernels that end in a line of their own")
+    return source[:at] + helpers + kernels
 
 
 def with_asked_bytes(source: str, asked: Mapping[str, int]) -> str:

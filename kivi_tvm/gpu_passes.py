@@ -31,7 +31,7 @@ from kivi_tvm.cuda import WAITS_LATER
 from kivi_tvm.statements import changed, constant_bytes
 
 ACTIVE_LANES, EXP2 = Op.get("tirx.tvm_warp_activemask"), Op.get("tirx.exp2")
-ADDRESS_OF = Op.get("tirx.address_of")
+ADDRESS_OF, CALL_EXTERN = Op.get("tirx.address_of"), Op.get("tirx.call_extern")
 # exp2f without what it does for results below 2^-126, which are 0 here
 EXP2_SOURCE = """
 __device__ __forceinline__ float kivi_tvm_exp2(float x) {
@@ -126,7 +126,8 @@ def load_as_said(module: IRModule, _: PassContext) -> IRModule:
     it is only said to be gone where a kernel has waited.
 
     And let all of them load eight 16-bit numbers at once, which TVM does one by one unless it can
-    prove where they are; the runtime sees to that (`runtime/checks.py`).
+    prove where they are: those are queries, and the runtime sees to where they begin (`in_lines` in
+    `runtime/checks.py`). Nothing else may be loaded so.
     """
     found = {}
     for name, function in module.functions.items():
@@ -175,8 +176,9 @@ def _loaded(name: str, load: TensorLoad, first: Expr, size: int) -> Expr:
 
 def _of_what_is_not_loaded(call: Call) -> Expr:
     """An address is of the element, not of what is loaded there."""
-    if call.op.same_as(ADDRESS_OF) and isinstance(call.args[0], Call):
-        return call.args[0].args[-1]  # `__ldcg` of this address
+    [of] = call.args if call.op.same_as(ADDRESS_OF) else (None,)
+    if isinstance(of, Call) and of.op.same_as(CALL_EXTERN) and of.args[0] == "__ldcg":
+        return of.args[1]
     return call
 
 

@@ -61,7 +61,17 @@ class EmulatedKernel(OpenCLKernel):
         source = compile_module(module, TARGET).mod.imports[0].inspect_source("cuda")
         [(name, parameters)] = SIGNATURE.findall(source)
         self._arguments = [each.split()[-1] for each in parameters.split(",")]
-        self._launch = compiled(emulated(source, name), name)
+        self._library = compiled(emulated(source, name))
+        self._launch = self._library[f"launch_{name}"]
+
+    def run_after(self, changes):
+        """Let the kernel begin before an earlier one ends, by which tensors become others."""
+        at, after = (
+            (ctypes.c_void_p * len(changes))(*(pair[i].data_ptr() for pair in changes))
+            for i in range(2)
+        )
+        nbytes = (ctypes.c_long * len(changes))(*(x.nbytes for x, _ in changes))
+        self._library.run_after(len(changes), at, after, nbytes)
 
     def __call__(self, *arguments):
         values = self._values(arguments)
@@ -74,7 +84,7 @@ class EmulatedKernel(OpenCLKernel):
 def emulated(source, name):
     """A CUDA source as C++ with a function that launches its kernel."""
     body = MOVMATRIX.sub("y = movmatrix_trans(x);", MMA.sub(call_of_mma, source))
-    body = LAUNCHES.sub("", body)
+    body = LAUNCHES.sub(lambda match: "wait_for_earlier();" * ("wait" in match[0]), body)
     body = EXP2.sub("y = exp2f(x);", body)
     body = ARRIVE.sub("arrive_copies();", COPY.sub("copy_later(to, from);", body))
     body = SHARED.sub(r"alignas(16) static uchar \1[SHARED_BYTES];", body)
@@ -94,13 +104,13 @@ def call_of_mma(match):
     return f"mma_m16n8k16_{match[1]}({d}, {a}, {b});\n"
 
 
-def compiled(source, name):
+def compiled(source):
     flags = ["-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", "-march=native"]
     with tempfile.TemporaryDirectory() as folder:
         path, library = Path(folder, "kernel.cc"), Path(folder, "kernel.so")
         path.write_text(source)
         subprocess.run([find_cxx(), *flags, "-o", library, path], check=True)
-        return getattr(ctypes.CDLL(library), f"launch_{name}")
+        return ctypes.CDLL(library)
 
 
 def as_argument(value):

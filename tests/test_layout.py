@@ -4,10 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from configurations import CONFIGS
+from configurations import CONFIGS, HALF, config_id
 
 from kivi_tvm import KiviConfig
-from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS, WORD_BITS
+from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS
 from kivi_tvm.layout import (
     SHORT_SPLITS,
     num_pages,
@@ -17,6 +17,7 @@ from kivi_tvm.layout import (
     page_buffers,
     ring_buffers,
     split_tokens,
+    value_order,
 )
 from kivi_tvm.ops.fragments import TOKENS
 
@@ -81,9 +82,9 @@ def test_of_what_a_step_attends_to_it_packs_the_last_value_alone(length):
     assert packed_values(CFG, length - 1) >= attended - 1
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_values_of_two_tiles_share_no_word(bits):
-    order = pack_order("fragment", bits, 2 * TOKENS, min(WORD_BITS // bits, CFG.G_k // 4))
+@pytest.mark.parametrize("cfg", HALF, ids=config_id)
+def test_values_of_two_tiles_share_no_word(cfg):
+    order = value_order(cfg.kernel_key())
     tiles = [{order.word(t) for t in range(i * TOKENS, (i + 1) * TOKENS)} for i in range(2)]
     assert not tiles[0] & tiles[1]
 

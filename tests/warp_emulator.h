@@ -13,6 +13,7 @@
 #include <functional>
 #include <vector>
 
+#define __CUDA_ARCH__ 900
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -98,6 +99,32 @@ static void copy_later(void* to, const void* from) { threads[current].copies.pus
 static void arrive_copies() {
   for (auto copy : threads[current].copies) memcpy(copy.to, copy.from, 16);
   threads[current].copies.clear();
+}
+
+// What an earlier kernel still writes: every work-group finds it as it was before, until all of its
+// threads wait for that kernel.
+struct Change { char* at; std::vector<char> before, after; };
+static std::vector<Change> changes;
+static bool waited;
+
+extern "C" void run_after(int count, char** at, char** after, const long* bytes) {
+  changes.clear();
+  for (int i = 0; i < count; ++i)
+    changes.push_back({at[i], {at[i], at[i] + bytes[i]}, {after[i], after[i] + bytes[i]}});
+}
+
+static void wait_for_earlier() {
+  if (changes.empty()) return;
+  meet(group);
+  if (!waited) {
+    waited = true;
+    for (auto& thread : threads) {  // copies may have been made by now
+      for (auto copy : thread.copies) memcpy(copy.to, copy.from, 16);
+      thread.copies.clear();
+    }
+    for (auto& change : changes) memcpy(change.at, change.after.data(), change.after.size());
+  }
+  meet(group);
 }
 
 static void __syncthreads() { meet(group); }
@@ -186,6 +213,8 @@ static int launch(int blocks, int x, int y, std::function<void()> kernel) {
     threads = std::vector<Thread>(x * y);
     warps.assign(x * y / LANES, Meeting{LANES});
     group = Meeting{x * y};
+    waited = false;
+    for (auto& change : changes) memcpy(change.at, change.before.data(), change.before.size());
     for (int i = 0; i < x * y; ++i) {
       auto& thread = threads[i];
       thread.stack.resize(1 << 17);

@@ -154,8 +154,8 @@ def attention_of(cache: Cache) -> Attend:
     return attend
 
 
-def nothing(_: int, q: Tensor, *__: Tensor) -> Tensor:
-    """No attention."""
+def no_attention(_: int, q: Tensor, *__: Tensor) -> Tensor:
+    """What a layer without attention goes on with."""
     return q[:, :, 0]
 
 
@@ -170,7 +170,8 @@ def step_ms(
         before()
         next_tokens(model, ids, position, attend)
 
-    steps, others = captured(step), captured(lambda: next_tokens(model, ids, position, nothing))
+    steps = captured(step)
+    others = captured(lambda: next_tokens(model, ids, position, no_attention))
     warm_up(others)  # steps add tokens
     rest = replay_us(others, 1)
     return replay_us(steps, 1) / 1e3, rest / 1e3

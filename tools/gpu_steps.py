@@ -38,7 +38,7 @@ SIZES = (
     *((1, n) for n in (1024, 4096, 32768, 131072)),
     *((8, n) for n in (1024, 4096, 32768)),
     *((32, n) for n in (1024, 8192)),
-    (256, 330),  # most of it in the window
+    (256, 330),  # most bytes are those of the window
 )
 SETTINGS = ((2, 32), (2, 128), (4, 32))  # bits, group size
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

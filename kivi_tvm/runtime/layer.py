@@ -357,7 +357,6 @@ class CacheLayer:
         B, H, used, D = q.shape
         # The kernels take `rows` tokens' queries of a head as so many heads; the rest is padding.
         padded = torch.nn.functional.pad(q, (0, 0, 0, space.rows - used)).reshape(B, -1, D)
-        padded = in_lines(padded)
         result = torch.empty_like(padded)
         lse = torch.empty(padded.shape[:2], device=q.device)
         if space.work is not None:

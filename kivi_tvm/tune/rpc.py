@@ -130,7 +130,7 @@ class RpcRunner:
         return found
 
     def read_gb_per_s(self) -> float:
-        """Rate at which a server reads its memory, measured now; of a GPU, at which it copies."""
+        """Rate at which a server reads its memory, measured now."""
         target = targets.as_dict(self._target)
         request = {"do": "bandwidth", "target": target, "folder": str(self._folder)}
         return float(self._must(request)["gb_per_s"])

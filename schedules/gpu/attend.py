@@ -53,8 +53,8 @@ def min_blocks(key: KernelKey) -> int:
 def beginning(key: KernelKey, extends: bool) -> str:
     """What comes next attends to the window meanwhile, which was written before.
 
-    In mode "half" everything begins while `append` runs; other kernels may not have waited for the
-    queries.
+    In mode "half" it begins itself while `append` runs, which has waited for the queries. What is
+    before `extend_attend` may just have written those; and mode "float" has no wait within.
     """
     return "within" if key.compute == "half" and not extends else "release"
 

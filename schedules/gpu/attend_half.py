@@ -100,7 +100,7 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
         by_lane(sch, sch.get_sblock(name))
     for name in "arrive", "cleared":
         sch.tensorize(sch.get_loops(sch.get_sblock(name))[-1], arrive())
-    if hardware.early_launch:
+    if hardware.early_launch:  # once more, where the kernel has waited at its beginning
         sch.tensorize(sch.get_sblock("appended"), wait(release=True))
     # 3. products and the transpose by instructions of the warp
     for name in PRODUCTS:

@@ -9,15 +9,18 @@ from dataclasses import replace
 
 import configurations
 import pytest
+import torch
 from configurations import FEW, HALF, config_id
 from emulated_cuda import TARGET, EmulatedKernel, EmulatedLibrary
-from inputs import ATTENDED_DATA
+from inputs import ATTENDED_DATA, strided_queries
 from ops import half_attention, test_attend
 from ops.plain import plain_kernel
 from tolerance import relative_l2
 
 from kivi_tvm.compile import scheduled_function
 from kivi_tvm.config import KiviConfig
+from kivi_tvm.layout import value_order
+from kivi_tvm.ops.fragments import TOKENS
 from kivi_tvm.reference.formulas import attention
 
 SOME = HALF[::5]
@@ -39,6 +42,35 @@ def gpu_kernel(cfg):
 
 def operator(cfg):
     return plain_kernel("attend", cfg.kernel_key())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("cfg", SOME, ids=config_id)
+def test_what_is_read_while_a_token_is_appended(cfg, monkeypatch):
+    """Nothing that `append` writes, until it has ended: the last packed value, and later tokens."""
+    kernel = EmulatedLibrary(cfg.kernel_key())["attend"]
+    monkeypatch.setattr(test_attend, "kernel", lambda _: kernel)
+    order, P, split = value_order(cfg.kernel_key()), cfg.P, cfg.kernel_key().split_tokens
+    for packed in (1, TOKENS - 1, TOKENS, TOKENS + 1, 5 * TOKENS, split + 1):
+        pool, inputs, parts = test_attend.check(cfg, [cfg.R + packed])
+        at = {name: pool.buffers[name] for name in test_attend.NAMES[:6]}
+        after = {name: x.clone() for name, x in at.items()}
+        [[_, slot, length]], last = pool.active(), packed - 1
+        page, token = pool.table[slot, last // P], last % P
+        at["v_scale"][page, ..., token] = at["v_zero"][page, ..., token] = math.nan
+        at["v_code"][page, :, order.word(token)] = 0
+        for token in range(packed, length - length % cfg.R):
+            page, group = pool.table[slot, token // P], token // cfg.G_k
+            at["k_code"][page, ..., token % P] = 0
+            if group * cfg.G_k >= packed:
+                at["k_scale"][page, :, token % P // cfg.G_k] = math.nan
+                at["k_zero"][page, :, token % P // cfg.G_k] = math.nan
+        kernel.run_after([(at[name], after[name]) for name in at])
+        q, items = strided_queries(inputs.q[0], "half"), test_attend.work_items(pool)
+        found = test_attend.attended(cfg, pool, q, cfg.D**-0.5, items)
+        kernel.run_after([])
+        for x, want in zip(found.args, parts.args, strict=True):
+            assert torch.equal(x.nan_to_num(-1), want.nan_to_num(-1)), packed
 
 
 def check_ragged(cfg):

@@ -72,7 +72,7 @@ def test_extend(cfg):
 
 
 def displaced(x):
-    """The same numbers where no row begins at a multiple of 16 bytes from another."""
+    """The same numbers where few rows begin at multiples of 16 bytes."""
     wide = torch.empty(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype, device=x.device)
     found = wide[..., 1:-2]
     return found.copy_(x)
