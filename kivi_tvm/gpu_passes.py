@@ -118,8 +118,8 @@ def lower_warp_memory(module: IRModule, _: PassContext) -> IRModule:
     return IRModule(found, attrs=module.attrs)
 
 
-@module_pass(opt_level=0, name="kivi_tvm.load_as_said")  # type: ignore[untyped-decorator]
-def load_as_said(module: IRModule, _: PassContext) -> IRModule:
+@module_pass(opt_level=0, name="kivi_tvm.explicit_loads")  # type: ignore[untyped-decorator]
+def explicit_loads(module: IRModule, _: PassContext) -> IRModule:
     """Let kernels that begin before earlier ones have ended load from the second-level cache.
 
     What was written before is there. In the first level there may be what was there before that:

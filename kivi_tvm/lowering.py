@@ -19,7 +19,7 @@ from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipelin
 
 from kivi_tvm import cuda_build
 from kivi_tvm.gpu_passes import (
-    load_as_said,
+    explicit_loads,
     lower_warp_memory,
     lowered_one_by_one,
     note_asked_bytes,
@@ -58,7 +58,7 @@ def _pipeline() -> tuple[Any, Any, Any]:
     return (
         lowered_one_by_one(lower),
         lambda: Sequential([keep_on_stack, host()]),
-        lambda: Sequential([note_asked_bytes, lower_warp_memory, load_as_said, device()]),
+        lambda: Sequential([note_asked_bytes, lower_warp_memory, explicit_loads, device()]),
     )
 
 

@@ -24,6 +24,7 @@ from kivi_tvm.ops.softmax_half import (
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
+    warp_acc_block,
     warp_stat_block,
     zero_acc_blocks,
 )
@@ -62,7 +63,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     start_zeros, bring_zeros = zero_acc_blocks()
     scores, outputs = score_blocks(key), output_blocks(key)
     softmax = softmax_half_blocks(X, PRODUCTS)
-    sum_up, store_stat = total_blocks(), warp_stat_block(M)
+    sum_up, store_stat, store_sums = total_blocks(), warp_stat_block(M), warp_acc_block(tile, M)
     arrive, cleared = arrive_block("arrive"), arrive_block("cleared")
     appended = wait_block("appended")
     *_, of_token, _ = staged_arrays(key)
@@ -200,17 +201,11 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                             # of a row's packed tokens `append` writes the last one's value
                             at_last = T.meta_var(packed[0] <= first + (vw + 1) * TOKENS)
                             at = T.meta_var((first + vw * TOKENS) % P)
-                            with T.sblock("copy_first"):
-                                T.where(T.And(turns > 0, T.Not(at_last)))
-                                T.reads(
-                                    *regions(stored, ALL, head),
-                                    first_page[0],
-                                    inside[0],
-                                    first_tile[0],
-                                    packed[0],
-                                )
-                                T.writes(*regions(tile_places, vw, 0))
-                                copy_first(stored, first_page[0], head, at, tile_places, vw, 0)
+                            known = T.meta_var((inside[0], first_tile[0], packed[0]))
+                            copy_first(
+                                T.And(turns > 0, T.Not(at_last)), (*known, first_page[0]),
+                                stored, first_page[0], head, at, tile_places, vw, 0,
+                            )  # fmt: skip
                             with T.sblock("second_page"):
                                 T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
                                 T.writes(next_page[0])
@@ -219,25 +214,17 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     page_table[slot[0], (first + (WARPS + vw) * TOKENS) // P],
                                     0,
                                 )
-                            # TVM takes no vector by an index that has the rows of a tile in it
                             first_row = T.sblock_alloc_buffer((1,), "int32")
                             with T.sblock("first_row"):
-                                first_row[0] = row
+                                first_row[0] = row  # once for all loads: it takes a division
                             queries(q, b[0], first_row[0], scale, q_pair, gain)
                             start(ref, total, acc)
                             start_zeros(zero_acc)
                             appended()  # nothing before this reads what `append` writes
-                            with T.sblock("copy_last"):
-                                T.where(T.And(turns > 0, at_last))
-                                T.reads(
-                                    *regions(stored, ALL, head),
-                                    first_page[0],
-                                    inside[0],
-                                    first_tile[0],
-                                    packed[0],
-                                )
-                                T.writes(*regions(tile_places, vw, 0))
-                                copy_last(stored, first_page[0], head, at, tile_places, vw, 0)
+                            copy_last(
+                                T.And(turns > 0, at_last), (*known, first_page[0]),
+                                stored, first_page[0], head, at, tile_places, vw, 0,
+                            )  # fmt: skip
                             for c in T.serial(turns):
                                 with T.sblock("tile"):
                                     vc = T.axis.opaque(SPLIT, c)
@@ -275,19 +262,11 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                         no_scale(v_scale_tile, vw, place, left)
                                         no_zero(v_zero_tile, vw, place, left)
                                         cleared()
-                                    with T.sblock("copy_next"):
-                                        T.where(vc + 1 < turns)
-                                        T.reads(
-                                            *regions(stored, ALL, head),
-                                            next_page[0],
-                                            inside[0],
-                                            first_tile[0],
-                                        )
-                                        T.writes(*regions(tile_places, vw))
-                                        copy_next(
-                                            stored, next_page[0], head, after % P,
-                                            tile_places, vw, (vc + 1) % PLACES,
-                                        )  # fmt: skip
+                                    copy_next(
+                                        vc + 1 < turns, (*known, next_page[0]), stored,
+                                        next_page[0], head, after % P, tile_places, vw,
+                                        (vc + 1) % PLACES,
+                                    )  # fmt: skip
                                     with T.sblock("next_page"):
                                         T.reads(
                                             page_table[slot[0], 0:pages], inside[0], first_tile[0]
@@ -327,18 +306,14 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     zero_of[vl, vg, ve] = zero_acc[
                                         vg % QUERIES * 4 + vl % 4, vg // QUERIES * 2 + ve
                                     ]
-                            for t, lane, e in T.grid(PRODUCTS, LANES, 4):
-                                with T.sblock("warp_acc"):
-                                    vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
-                                    T.where(lane % 4 * 2 + e % 2 < M)
-                                    warp_acc[
-                                        vw,
-                                        vl % 4 * 2 + ve % 2,
-                                        tile.channel(vt, vl // 4 + ve // 2 * 8),
-                                    ] = (
-                                        acc[vl, vt * 4 + ve] * T.float32(CODE_UNIT)
-                                        + zero_of[vl, tile.channel(vt, 0) // G_v, ve % 2]
-                                    )
+                            store_sums(
+                                lambda t, lane, e: (
+                                    acc[lane, t * 4 + e] * T.float32(CODE_UNIT)
+                                    + zero_of[lane, tile.channel(t, 0) // G_v, e % 2]
+                                ),
+                                vw,
+                                warp_acc,
+                            )
                     for m in range(M):
                         with T.sblock("store_stat"):
                             vm = T.axis.spatial(M, m)

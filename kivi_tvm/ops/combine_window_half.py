@@ -28,6 +28,7 @@ from kivi_tvm.ops.softmax_half import (
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
+    warp_acc_block,
     warp_stat_block,
 )
 from kivi_tvm.ops.waits import wait_block
@@ -48,7 +49,8 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
     load_keys, scores = full_score_blocks(tile, M, dtype)
     load_values, outputs = full_output_blocks(tile, dtype)
     start, softmax = start_half_blocks(PRODUCTS), softmax_half_blocks(MATRICES, PRODUCTS, dtype)
-    find_row, sum_up, store_stat = row_blocks(key), total_blocks(), warp_stat_block(M)
+    find_row, sum_up = row_blocks(key), total_blocks()
+    store_stat, store_sums = warp_stat_block(M), warp_acc_block(tile, M)
     fold_parts = part_blocks(tile, M, WARPS)
     attended = wait_block("attended")
 
@@ -166,15 +168,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                         totals = T.sblock_alloc_buffer((LANES, 2), "float32")
                         sum_up(total, totals)
                         store_stat(ref, totals, vw, warp_ref, warp_sum)
-                        for t, lane, e in T.grid(PRODUCTS, LANES, 4):
-                            with T.sblock("warp_acc"):
-                                vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
-                                T.where(lane % 4 * 2 + e % 2 < M)
-                                warp_acc[
-                                    vw,
-                                    vl % 4 * 2 + ve % 2,
-                                    tile.channel(vt, vl // 4 + ve // 2 * 8),
-                                ] = acc[vl, vt * 4 + ve]
+                        store_sums(lambda t, lane, e: acc[lane, t * 4 + e], vw, warp_acc)
                 for m, d in T.grid(M, D):
                     with T.sblock("out"):
                         vm, vd = T.axis.remap("SS", [m, d])

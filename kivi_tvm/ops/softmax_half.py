@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.exp2 import ROUNDER, ROUNDER_BITS
-from kivi_tvm.ops.fragments import LANES, TOKENS, HalfTile, rounded_pair, transposed_pair
+from kivi_tvm.ops.fragments import LANES, TOKENS, FullTile, HalfTile, rounded_pair, transposed_pair
 from kivi_tvm.ops.online_softmax import LOG2_E
 from kivi_tvm.ops.staged_tile import staged_arrays
 
@@ -329,6 +329,21 @@ def warp_stat_block(M: int):
                 T.where(lane % 4 * 2 + e < M)
                 warp_ref[warp, vl % 4 * 2 + ve] = ref[vl, ve]
                 warp_sum[warp, vl % 4 * 2 + ve] = totals[vl, ve]
+
+    return store
+
+
+def warp_acc_block(tile: HalfTile | FullTile, M: int):
+    """A warp's sums over values, where all warps' are joined; `of(product, lane, register)`."""
+
+    @T.macro
+    def store(of, warp, warp_acc):
+        for t, lane, e in T.grid(tile.value_rows, LANES, 4):
+            with T.sblock("warp_acc"):
+                vt, vl, ve = T.axis.remap("SSS", [t, lane, e])
+                T.where(lane % 4 * 2 + e % 2 < M)
+                channel = T.meta_var(tile.channel(vt, vl // 4 + ve // 2 * 8))
+                warp_acc[warp, vl % 4 * 2 + ve % 2, channel] = of(vt, vl, ve)
 
     return store
 

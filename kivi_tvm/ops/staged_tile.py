@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.fragments import LANES, TOKENS
+from kivi_tvm.ops.regions import ALL, regions
 
 PLACES = 2
 LINE_BYTES = 16  # that a lane copies at once
@@ -100,7 +101,8 @@ def copy_block(name: str, array: StagedArray):
 def copy_tile_blocks(key: KernelKey, prefix: str):
     """Copy all arrays of the tile at token `at` of a page; blocks `prefix_k_code` and so on.
 
-    The macro takes what is stored and the tiles as two tuples in the order of `staged_arrays`.
+    The macro takes what is stored and the tiles as two tuples in the order of `staged_arrays`, and
+    whether to copy, with what that and the page are read from.
     """
     k_code_rows, k_scale_rows, k_zero_rows, v_code_rows, v_scale_rows, v_zero_rows = (
         copy_block(f"{prefix}_{array.name}", array) for array in staged_arrays(key)
@@ -108,13 +110,17 @@ def copy_tile_blocks(key: KernelKey, prefix: str):
     G_k, W_v = key.key_group_size, key.value_codes_per_word
 
     @T.macro
-    def copy_tile(stored, page, head, at, tiles, warp, place):
-        k_code_rows(stored[0], page, head, 0, at, tiles[0], warp, place)
-        k_scale_rows(stored[1], page, head, at // G_k, 0, tiles[1], warp, place)
-        k_zero_rows(stored[2], page, head, at // G_k, 0, tiles[2], warp, place)
-        v_code_rows(stored[3], page, head, at // W_v, 0, tiles[3], warp, place)
-        v_scale_rows(stored[4], page, head, 0, at, tiles[4], warp, place)
-        v_zero_rows(stored[5], page, head, 0, at, tiles[5], warp, place)
+    def copy_tile(holds, known, stored, page, head, at, tiles, warp, place):
+        with T.sblock(f"copy_{prefix}"):
+            T.where(holds)
+            T.reads(*regions(stored, ALL, head), *known)
+            T.writes(*regions(tiles, warp))
+            k_code_rows(stored[0], page, head, 0, at, tiles[0], warp, place)
+            k_scale_rows(stored[1], page, head, at // G_k, 0, tiles[1], warp, place)
+            k_zero_rows(stored[2], page, head, at // G_k, 0, tiles[2], warp, place)
+            v_code_rows(stored[3], page, head, at // W_v, 0, tiles[3], warp, place)
+            v_scale_rows(stored[4], page, head, 0, at, tiles[4], warp, place)
+            v_zero_rows(stored[5], page, head, 0, at, tiles[5], warp, place)
 
     return copy_tile
 
