@@ -25,7 +25,7 @@ from kivi_tvm.host import find_cxx
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
-from kivi_tvm.ops import ALL_FUNCTIONS, FUNCTIONS, OPS
+from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS, HALF_FUNCTIONS, OPS
 from kivi_tvm.schedules import beginning, bounds, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 
@@ -62,9 +62,11 @@ class CompiledKernels:
         )
 
 
-def functions(target: Target) -> dict[str, tuple[str, bool]]:
+def functions(key: KernelKey, target: Target) -> dict[str, tuple[str, bool]]:
     """The functions of a module for a target, as in `FUNCTIONS`."""
-    return ALL_FUNCTIONS if target.kind.name in targets.GPU_KINDS else FUNCTIONS
+    if target.kind.name not in targets.GPU_KINDS:
+        return FUNCTIONS
+    return FUNCTIONS | GPU_FUNCTIONS | (HALF_FUNCTIONS if key.compute == "half" else {})
 
 
 class Scheduler:
@@ -83,7 +85,7 @@ class Scheduler:
 
     def __init__(self, name: str, key: KernelKey, target: Target) -> None:
         self._name = name
-        self._op, self._extends = functions(target)[name]
+        self._op, self._extends = functions(key, target)[name]
         self._key = replace(key, rows_per_query=key.extend_rows) if self._extends else key
         self._hardware = targets.hardware(target)
         self._offers = offers(self._op, self._hardware, self._key)
@@ -182,7 +184,7 @@ def recorded_schedule(record: Record, key: KernelKey, target: Target) -> GuidedS
     StaleRecord
         The function, one of its decisions or the program that they gave is no longer there.
     """
-    if record.function not in functions(target):
+    if record.function not in functions(key, target):
         raise StaleRecord("there is no function of this name")
     try:
         schedule = scheduled_function(record.function, key, target, record.decisions)
@@ -202,7 +204,7 @@ def scheduled_module(
     return tvm.IRModule(
         {
             name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
-            for name in functions(target)
+            for name in functions(key, target)
         }
     )
 
@@ -247,11 +249,12 @@ def compile_kernels(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
     executable = compile_module(scheduled_module(key, target, tuned), target, for_elsewhere=True)
+    names = functions(key, target)
     return CompiledKernels(
         key,
         target,
         executable,
-        sources={name: "tuned" if name in tuned else "default" for name in functions(target)},
+        sources={name: "tuned" if name in tuned else "default" for name in names},
         tuning=used,
     )
 

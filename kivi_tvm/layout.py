@@ -235,7 +235,8 @@ def split_tokens(
 
     Depends on the row's own length alone, so that a row gives the same bits in every batch. In mode
     "half" parts of short rows are a quarter or half of `most`: a row has too few otherwise for all
-    of a GPU, and on longer ones small parts cost more than they bring.
+    of a GPU, and on longer ones small parts cost more than they bring. The shortest rows are one
+    part: alone they have little to do, and in large batches there are enough of them.
 
     Parameters
     ----------
@@ -251,4 +252,13 @@ def split_tokens(
     for parts in (2, 4):
         split = most // parts // HALF_PAGE_UNIT * HALF_PAGE_UNIT
         found = select(packed <= SHORT_SPLITS * split, split, found)
-    return found
+    return select(packed <= most // 2, most, found)
+
+
+def tokens_of_splits(key: KernelKey, splits: int) -> int:
+    """The most packed tokens such that a row with as many or fewer has at most `splits` splits."""
+    most = key.split_tokens
+    if splits >= SHORT_SPLITS:  # none of the shorter ones has more than so many
+        return splits * most
+    least: int = split_tokens(key, most // 2 + 1, most)
+    return max(most // 2, splits * least)

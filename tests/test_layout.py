@@ -9,7 +9,6 @@ from configurations import CONFIGS, HALF, config_id
 from kivi_tvm import KiviConfig
 from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS
 from kivi_tvm.layout import (
-    SHORT_SPLITS,
     num_pages,
     pack_order,
     packed_keys,
@@ -17,6 +16,7 @@ from kivi_tvm.layout import (
     page_buffers,
     ring_buffers,
     split_tokens,
+    tokens_of_splits,
     value_order,
 )
 from kivi_tvm.ops.fragments import TOKENS
@@ -162,13 +162,25 @@ def test_pack_order_errors():
 )
 def test_short_rows_have_short_parts_in_mode_half(page_size, sizes):
     key = KiviConfig(128, 8, 2, compute="half", page_size=page_size).kernel_key()
-    parts = [split_tokens(key, n, key.split_tokens) for n in range(1, 3 * 8192)]
-    assert sorted(set(parts)) == list(sizes) and parts == sorted(parts)
+    parts = [split_tokens(key, n, key.split_tokens) for n in range(3 * 8192)]
+    alone = key.split_tokens // 2
+    assert set(parts[: alone + 1]) == {key.split_tokens}
+    longer = parts[alone + 1 :]
+    assert sorted(set(longer)) == list(sizes) and longer == sorted(longer)
     assert all(part % HALF_PAGE_UNIT == 0 for part in sizes)
-    counts = [-(-n // part) for n, part in enumerate(parts, 1)]
-    # what a workspace relies on, which makes room for `SHORT_SPLITS` parts and more
-    assert all(
-        count <= max(SHORT_SPLITS, -(-n // key.split_tokens)) for n, count in enumerate(counts, 1)
-    )
     plain = replace(key, compute="float")
     assert split_tokens(plain, 5, plain.split_tokens) == plain.split_tokens
+
+
+@pytest.mark.parametrize("compute", ["float", "half"])
+@pytest.mark.parametrize("page_size", [64, 128, 192, 320])
+@pytest.mark.parametrize("rows", [1, 32])
+def test_tokens_of_splits(page_size, compute, rows):
+    """With one token more a row may have more: so a workspace knows when it is outgrown."""
+    cfg = KiviConfig(128, 8, 2, compute=compute, page_size=page_size)
+    key = replace(cfg.kernel_key(), rows_per_query=rows)
+    most = key.split_tokens
+    counts = [-(-n // split_tokens(key, n, most)) for n in range(14 * most)]
+    for splits in range(1, 13):
+        tokens = tokens_of_splits(key, splits)
+        assert max(counts[: tokens + 1]) <= splits < counts[tokens + 1]

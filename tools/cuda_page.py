@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kivi_tvm import targets
-from kivi_tvm.compile import scheduled_function
+from kivi_tvm.compile import functions, scheduled_function
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.cuda import find_nvcc
 from kivi_tvm.cuda_tools import kernels_of_source
@@ -21,7 +21,7 @@ from kivi_tvm.host import installed_version
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.machine_code import KernelCode
 from kivi_tvm.occupancy import occupancy
-from kivi_tvm.ops import FUNCTIONS, GPU_FUNCTIONS
+from kivi_tvm.ops import ALL_FUNCTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
 WITHOUT_TENSOR_CORES = "sm_75"  # of the instructions that compute mode "half" uses
@@ -73,13 +73,13 @@ COLUMNS = (
 
 
 def kernels(
-    config: KiviConfig, built_for: str, architectures: tuple[str, ...], names: tuple[str, ...]
+    config: KiviConfig, built_for: str, architectures: tuple[str, ...], *names: str
 ) -> list[KernelCode]:
-    """The kernels of one source, compiled for several architectures."""
+    """The kernels of one source, all of them or some, compiled for several architectures."""
     target = targets.resolve({"kind": "cuda", "arch": built_for})
     key = targets.kernel_key(config, target)
     found: list[KernelCode] = []
-    for name in names:
+    for name in names or functions(key, target):
         module = compile_module(scheduled_function(name, key, target).mod, target)
         source = module.mod.imports[0].inspect_source("cuda")
         for architecture in architectures:
@@ -107,11 +107,13 @@ def memory_cell(kernel: KernelCode) -> str:
 
 def kernel_rows() -> list[list[str]]:
     """The table of every kernel on every architecture."""
-    names = tuple(FUNCTIONS | GPU_FUNCTIONS)
-    found = kernels(CONFIG, WITHOUT_TENSOR_CORES, ARCHITECTURES[:1], names)
-    found += kernels(CONFIG, "sm_80", ARCHITECTURES[1:], names)
+    found = kernels(CONFIG, WITHOUT_TENSOR_CORES, ARCHITECTURES[:1])
+    found += kernels(CONFIG, "sm_80", ARCHITECTURES[1:])
     cells = {(kernel.name, kernel.architecture): kernel_cell(kernel) for kernel in found}
-    rows = [[f"`{name}`", *(cells[name, each] for each in ARCHITECTURES)] for name in names]
+    rows = [
+        [f"`{name}`", *(cells.get((name, each), "-") for each in ARCHITECTURES)]
+        for name in ALL_FUNCTIONS
+    ]
     return [["kernel", *ARCHITECTURES], ["-"] * (len(ARCHITECTURES) + 1), *rows]
 
 
@@ -137,7 +139,7 @@ def loop_rows() -> list[list[str]]:
     rows = [[*COLUMNS, "MMA", "instructions"], [*["-:"] * 2, "-", *["-:"] * 7]]
     for group_size, queries in SHAPES:
         config = KiviConfig(128, 8 * queries, 8, group_size=group_size)
-        for kernel in kernels(config, "sm_80", ("sm_80", "sm_90"), ("attend",)):
+        for kernel in kernels(config, "sm_80", ("sm_80", "sm_90"), "attend"):
             rows.append(loop_row(group_size, queries, kernel))
     return rows
 

@@ -105,9 +105,11 @@ def free() -> None:
 
 
 def row_bytes(config: KiviConfig, layers: int, tokens: int) -> int:
-    """Bytes of one sequence, of a filled cache's own account of a layer."""
+    """Bytes of one sequence, of a filled cache's own account; layers share tables and workspace."""
     few = 4
-    return filled(config, 1, few, tokens).nbytes["total"] * layers // few
+    found = filled(config, 1, few, tokens).nbytes
+    own = (found["packed"] + found["window"]) * layers // few
+    return own + found["tables"] + found["workspace"]
 
 
 def fastest_attention(kv_heads: int, batch: int, tokens: int) -> Any:

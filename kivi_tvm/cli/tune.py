@@ -238,19 +238,25 @@ def _tasks(names: list[str] | None, found: list[Workload], target: Target) -> li
     from kivi_tvm.tune.cases import make_case
     from kivi_tvm.tune.plan import MAIN_FUNCTION
 
-    known = functions(target)
+    by_key: dict[Any, Workload] = {}
+    for workload in found:
+        first = by_key.setdefault(workload.cfg.kernel_key(), workload)
+        if first is not workload:
+            announce(f"{workload.id} runs the kernels of {first.id}, on which they are tuned")
+    of_key = {key: functions(key, target) for key in by_key}
+    known = {name: each for its in of_key.values() for name, each in its.items()}
     if unknown := [name for name in names or () if name not in known]:
         raise UserError(f"`--ops` must be among {sorted(known)}, got {unknown}")
     wanted = sorted(
         (name for name in known if not names or name in names),
         key=lambda name: name != MAIN_FUNCTION,
     )
-    by_key: dict[Any, Workload] = {}
-    for workload in found:
-        first = by_key.setdefault(workload.cfg.kernel_key(), workload)
-        if first is not workload:
-            announce(f"{workload.id} runs the kernels of {first.id}, on which they are tuned")
-    tasks = [Task(name, workload) for name in wanted for workload in by_key.values()]
+    tasks = [
+        Task(name, workload)
+        for name in wanted
+        for key, workload in by_key.items()
+        if name in of_key[key]
+    ]
     try:
         # The only operator that has nothing to do on a short cache.
         for task in {x.workload: x for x in tasks if known[x.function][0] == "attend"}.values():

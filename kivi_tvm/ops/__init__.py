@@ -15,6 +15,7 @@ from kivi_tvm.ops.attend import attend
 from kivi_tvm.ops.attend_new import attend_new
 from kivi_tvm.ops.attend_window import attend_window
 from kivi_tvm.ops.combine import combine
+from kivi_tvm.ops.combine_batch import combine_batch
 from kivi_tvm.ops.combine_window import combine_window
 from kivi_tvm.ops.dequantize_key import dequantize_key
 from kivi_tvm.ops.dequantize_value import dequantize_value
@@ -33,6 +34,7 @@ OPS: dict[str, Operator] = {
     "attend_new": attend_new,
     "attend_window": attend_window,
     "combine": combine,
+    "combine_batch": combine_batch,
     "combine_window": combine_window,
     "dequantize_key": dequantize_key,
     "dequantize_value": dequantize_value,
@@ -41,14 +43,16 @@ OPS: dict[str, Operator] = {
     "quantize_value": quantize_value,
 }
 
+OTHERS = "attend_new", "combine_batch", "combine_window"
 # Every function of a compiled module: its operator, and whether it takes the queries of several
 # new tokens (`KernelKey.extend_rows`) instead of one.
 FUNCTIONS: dict[str, tuple[str, bool]] = {
-    **{name: (name, False) for name in OPS if name not in ("attend_new", "combine_window")},
+    **{name: (name, False) for name in OPS if name not in OTHERS},
     "extend_attend": ("attend", True),
     "extend_window": ("attend_window", True),
     "extend_new": ("attend_new", True),
 }
-# Further ones of modules for GPUs.
+# Further ones of modules for GPUs, and of those in mode "half".
 GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
-ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS
+HALF_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
+ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS | HALF_FUNCTIONS

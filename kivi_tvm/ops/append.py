@@ -9,7 +9,8 @@ Token by token, with `L` the length that includes it and ring slot `t mod ring` 
    dequantized values are written back into the ring.
 
 With `ring > R` the value that leaves has a slot of its own, so that appending one token twice, with
-no block due, equals appending it once.
+no block due, equals appending it once. All that a token is written with, or over, is loaded first:
+no load waits for the store of another.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ def append(key: KernelKey):
             with T.sblock("row"):
                 vb, vh = T.axis.remap("SS", [b, h])
                 T.where(slots[b] >= 0)
-                slot = T.meta_var(slots[vb])
                 # Rings and pages that are read back are declared as written only: a row touches no
                 # other row's, and a block that reads its outputs could not be given to threads.
                 T.reads(
@@ -123,17 +123,47 @@ def append(key: KernelKey):
                             slots[vb],
                         )
                         T.writes(*regions(outputs, ALL, vh))
-                        L = T.meta_var(state[slot, LENGTH] - added[vb] + vi + 1)
+                        own_slot = T.sblock_alloc_buffer((1,), "int32")
+                        length = T.sblock_alloc_buffer((1,), "int32")
+                        k_new = T.sblock_alloc_buffer((D,), dtype)
+                        v_new = T.sblock_alloc_buffer((D,), dtype)
+                        slot, L = T.meta_var((own_slot[0], length[0]))
+                        with T.sblock("slot"):
+                            own_slot[0] = slots[vb]
+                        for d in range(D):
+                            with T.sblock("load_new_value"):
+                                vd = T.axis.spatial(D, d)
+                                v_new[vd] = v[vb, vh, vi, vd]
+                        for d in range(D):
+                            with T.sblock("load_new_key"):
+                                vd = T.axis.spatial(D, d)
+                                k_new[vd] = k[vb, vh, vi, vd]
+                        with T.sblock("length"):
+                            length[0] = state[slot, LENGTH] - added[vb] + vi + 1
                         for leaving in T.serial(T.Select(L > R, 1, 0)):
                             with T.sblock("leave"):
                                 vl = T.axis.opaque(1, leaving)
+                                T.reads(slot, L, page_table[0:S, 0:pages])
+                                T.writes(
+                                    v_code[0:N, vh, 0 : P // W_v, 0:D],
+                                    v_scale[0:N, vh, 0 : D // G_v, 0:P],
+                                    v_zero[0:N, vh, 0 : D // G_v, 0:P],
+                                )
                                 token = T.meta_var(L - 1 - R)
-                                page = T.meta_var(page_table[slot, token // P])
+                                v_page = T.sblock_alloc_buffer((1,), "int32")
+                                page = T.meta_var(v_page[0])
+                                with T.sblock("value_page"):
+                                    v_page[0] = page_table[slot, token // P]
+                                word = T.sblock_alloc_buffer((D,), "uint32")
+                                for d in range(D):
+                                    with T.sblock("load_word"):
+                                        vd = T.axis.spatial(D, d)
+                                        word[vd] = v_code[page, vh, v_order.word(token % P), vd]
                                 v_new_scale = T.sblock_alloc_buffer((D // G_v, 1), "float16")
                                 v_new_zero = T.sblock_alloc_buffer((D // G_v, 1), "float16")
                                 v_new_code = T.sblock_alloc_buffer((1, D), "uint32")
                                 with T.sblock("measure"):
-                                    T.reads(state[0:S, 0:4], slots[vb], added[vb])
+                                    T.reads(slot, L)
                                     T.writes(
                                         v_new_scale[0 : D // G_v, 0],
                                         v_new_zero[0 : D // G_v, 0],
@@ -147,11 +177,6 @@ def append(key: KernelKey):
                                                 "float32", v_ring[slot, vh, token % ring, vd]
                                             )
                                     value_token(vx, v_new_scale, v_new_zero, v_new_code)
-                                word = T.sblock_alloc_buffer((D,), "uint32")
-                                for d in range(D):
-                                    with T.sblock("load_word"):
-                                        vd = T.axis.spatial(D, d)
-                                        word[vd] = v_code[page, vh, v_order.word(token % P), vd]
                                 for d in range(D):
                                     with T.sblock("store_value_code"):
                                         vd = T.axis.spatial(D, d)
@@ -173,21 +198,15 @@ def append(key: KernelKey):
                         for d in range(D):
                             with T.sblock("write_value"):
                                 vd = T.axis.spatial(D, d)
-                                v_ring[slot, vh, (L - 1) % ring, vd] = v[vb, vh, vi, vd]
+                                v_ring[slot, vh, (L - 1) % ring, vd] = v_new[vd]
                         for d in range(D):
                             with T.sblock("keep_key"):
                                 vd = T.axis.spatial(D, d)
                                 T.where(X > 0)
-                                k_exact[slot, vh, (L - 1) % T.max(X, 1), vd] = k[vb, vh, vi, vd]
+                                k_exact[slot, vh, (L - 1) % T.max(X, 1), vd] = k_new[vd]
                         # one block around both writers of the key ring: an output has one writer
                         with T.sblock("keys"):
-                            T.reads(
-                                k[vb, vh, vi, 0:D],
-                                page_table[0:S, 0:pages],
-                                state[0:S, 0:4],
-                                slots[vb],
-                                added[vb],
-                            )
+                            T.reads(k_new[0:D], page_table[0:S, 0:pages], slot, L)
                             T.writes(
                                 k_ring[0:S, vh, 0:ring, 0:D],
                                 k_code[0:N, vh, 0 : D // W_k, 0:P],
@@ -197,7 +216,7 @@ def append(key: KernelKey):
                             for d in range(D):
                                 with T.sblock("write_key"):
                                     vd = T.axis.spatial(D, d)
-                                    k_ring[slot, vh, (L - 1) % ring, vd] = k[vb, vh, vi, vd]
+                                    k_ring[slot, vh, (L - 1) % ring, vd] = k_new[vd]
                             for g in T.serial(T.Select(L % R == 0, R // G_k, 0)):
                                 with T.sblock("flush"):
                                     vf = T.axis.opaque(R // G_k, g)
@@ -207,7 +226,7 @@ def append(key: KernelKey):
                                     k_new_zero = T.sblock_alloc_buffer((D,), "float16")
                                     k_new_word = T.sblock_alloc_buffer((D // W_k, G_k), "uint32")
                                     with T.sblock("pack"):
-                                        T.reads(page_table[0:S, 0:pages], slots[vb])
+                                        T.reads(page_table[0:S, 0:pages], slot, L)
                                         T.writes(
                                             k_new_scale[0:D],
                                             k_new_zero[0:D],

@@ -21,6 +21,7 @@ from kivi_tvm.ops.softmax_half import (
     joined,
     lift_blocks,
     query_blocks,
+    query_load_block,
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
@@ -59,7 +60,8 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     X, PRODUCTS = tile.matrices, tile.value_rows
     K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
     copy_first, copy_last, copy_next = (copy_tile_blocks(key, x) for x in (FIRST, LAST, NEXT))
-    queries, start, find_lift = query_blocks(key, M), start_half_blocks(PRODUCTS), lift_blocks(key)
+    load_queries, queries = query_load_block(D, M, SPANS, W_k), query_blocks(key, M)
+    start, find_lift = start_half_blocks(PRODUCTS), lift_blocks(key)
     start_zeros, bring_zeros = zero_acc_blocks()
     scores, outputs = score_blocks(key), output_blocks(key)
     softmax = softmax_half_blocks(X, PRODUCTS)
@@ -125,10 +127,16 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                 part = T.sblock_alloc_buffer((1,), "int32")
                 slot = T.sblock_alloc_buffer((1,), "int32")  # -1: the row is not there
                 packed = T.sblock_alloc_buffer((1,), "int32")  # tokens of the row
+                first_row = T.sblock_alloc_buffer((1,), "int32")
+                q_load = T.sblock_alloc_buffer((LANES, SPANS, W_k), dtype)
                 with T.sblock("b"):
                     b[0] = work[vi, 0]
                 with T.sblock("part"):
                     part[0] = work[vi, 1]
+                with T.sblock("first_row"):
+                    first_row[0] = row  # once for all loads: it takes a division
+                # they arrive while it is looked up where the row's tokens are
+                load_queries(q, T.max(b[0], 0), first_row[0], q_load)
                 with T.sblock("slot"):
                     slot[0] = slots[T.max(b[0], 0)]
                 with T.sblock("packed"):
@@ -144,7 +152,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                     T.reads(
                         *regions(stored, ALL, head),
                         page_table[0:S, 0:pages],
-                        q[0:B, row : row + M, 0:D],
+                        q_load[0:LANES, 0:SPANS, 0:W_k],
                         b[0], part[0], slot[0], packed[0],
                     )  # fmt: skip
                     T.writes(
@@ -169,7 +177,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                             T.reads(
                                 *regions(stored, ALL, head),
                                 page_table[0:S, 0:pages],
-                                q[0:B, row : row + M, 0:D],
+                                q_load[0:LANES, 0:SPANS, 0:W_k],
                                 b[0], part[0], slot[0], packed[0],
                             )  # fmt: skip
                             T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
@@ -214,10 +222,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     page_table[slot[0], (first + (WARPS + vw) * TOKENS) // P],
                                     0,
                                 )
-                            first_row = T.sblock_alloc_buffer((1,), "int32")
-                            with T.sblock("first_row"):
-                                first_row[0] = row  # once for all loads: it takes a division
-                            queries(q, b[0], first_row[0], scale, q_pair, gain)
+                            queries(q_load, scale, q_pair, gain)
                             start(ref, total, acc)
                             start_zeros(zero_acc)
                             appended()  # nothing before this reads what `append` writes

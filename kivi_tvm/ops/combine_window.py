@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import DTYPE_BYTES
-from kivi_tvm.ops.combine_window_half import WARPS, combine_window_half
+from kivi_tvm.ops.combine_window_half import combine_window_half
 from kivi_tvm.ops.online_softmax import (
     LOG2_E,
     merge_blocks,
@@ -40,7 +40,7 @@ def chunk_tokens(key: KernelKey) -> int:
     return min(MAX_CHUNK_TOKENS, 1 << (most.bit_length() - 1))
 
 
-def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | None = None):
+def combine_window(key: KernelKey, row_tile: int | None = None):
     """The output and log-sum-exp of every row from its window and its splits' partial results.
 
     Parameters
@@ -49,8 +49,6 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
     row_tile : int, optional
         Query heads that are computed together, of those that share a KV head; default all, in mode
         "half" at most 8.
-    warps : int, optional
-        Of a work-group in mode "half", default `combine_window_half.WARPS`.
 
     Returns
     -------
@@ -61,7 +59,7 @@ def combine_window(key: KernelKey, row_tile: int | None = None, warps: int | Non
         Rows with slot -1 give out 0 and lse -inf.
     """
     if key.compute == "half":
-        return combine_window_half(key, row_tile, warps or WARPS)
+        return combine_window_half(key, row_tile)
     D, dtype, tiles = key.head_dim, key.dtype, row_tiles(key, row_tile)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     C, X_C, SUMS, X_SUMS = chunk_tokens(key), CHUNK_PARTS, TOKEN_SUMS, PART_SUMS

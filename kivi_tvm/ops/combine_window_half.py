@@ -1,7 +1,8 @@
-"""`combine_window` by the tensor cores of a GPU: a warp takes every so many tiles of the window.
+"""`combine_window` by the tensor cores of a GPU: sums of every so many tiles of the window.
 
-Keys, queries and values in 16 bits are operands as they are, and their products exact; sums are
-float32. Probabilities are rounded to the cache's dtype once, as its output is.
+As many sums however many warps there are, so that a row gives the same bits with any number. Keys,
+queries and values in 16 bits are operands as they are, and their products exact; sums are float32.
+Probabilities are rounded to the cache's dtype once, as its output is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kivi_tvm.ops.ring import row_blocks, slot_of
 from kivi_tvm.ops.softmax_half import (
     highest,
     joined,
+    query_load_block,
     softmax_half_blocks,
     start_half_blocks,
     total_blocks,
@@ -33,26 +35,31 @@ from kivi_tvm.ops.softmax_half import (
 )
 from kivi_tvm.ops.waits import wait_block
 
-WARPS = 8
+SUMS = 8  # of the window's tiles, and of partial results
+FEW = 2  # of them, if all windows and rows are so short that nothing goes into the others
+FEW_SUFFIX, ALL_SUFFIX = "_of_few", "_of_all"  # of blocks
 
 
-def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int = WARPS):
+def combine_window_half(key: KernelKey, row_tile: int | None = None):
     """The output and log-sum-exp of every row from its window and its splits' partial results.
 
     Parameters and results as of `combine_window`; of at most 8 query heads at once.
     """
-    D, dtype, WARPS = key.head_dim, key.dtype, warps
+    D, dtype = key.head_dim, key.dtype
     tiles, tile = row_tiles(key, min(row_tile or QUERIES, QUERIES)), FullTile(key.head_dim)
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     BLOCKS, APART, PRODUCTS = tile.value_blocks, tile.channels_apart, tile.value_rows
     SPANS = tile.key_spans
-    load_keys, scores = full_score_blocks(tile, M, dtype)
+    load_queries = query_load_block(D, M, SPANS, LOADED)
+    load_keys, scores = full_score_blocks(tile, dtype)
     load_values, outputs = full_output_blocks(tile, dtype)
     start, softmax = start_half_blocks(PRODUCTS), softmax_half_blocks(MATRICES, PRODUCTS, dtype)
     find_row, sum_up = row_blocks(key), total_blocks()
     store_stat, store_sums = warp_stat_block(M), warp_acc_block(tile, M)
-    fold_parts = part_blocks(tile, M, WARPS)
+    fold_parts = part_blocks(tile, M, SUMS)
     attended = wait_block("attended")
+    finish_few = finish_blocks(M, D, dtype, FEW, FEW_SUFFIX)
+    finish_all = finish_blocks(M, D, dtype, SUMS, ALL_SUFFIX)
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -80,6 +87,8 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
         part_stat = T.match_buffer(part_stat_handle, (B, H_kv * ROWS, X, 2), "float32")
         out = T.match_buffer(out_handle, (B, H_kv * ROWS, D), dtype, strides=(out_row, out_head, 1))
         lse = T.match_buffer(lse_handle, (B, H_kv * ROWS), "float32")
+        # a ring has a place more than its window has tokens
+        few = T.meta_var(T.And(ring - 1 <= FEW * TOKENS, X <= FEW))
         for b, h in T.grid(B, H_kv * TILES):
             with T.sblock("head"):
                 vb, vh = T.axis.remap("SS", [b, h])
@@ -99,18 +108,15 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                 oldest = T.sblock_alloc_buffer((1,), "int32")
                 count = T.sblock_alloc_buffer((1,), "int32")  # tokens of the window
                 entries = T.sblock_alloc_buffer((1,), "int32")
-                q_near = T.sblock_alloc_buffer((M, D), dtype)
-                warp_ref = T.sblock_alloc_buffer((WARPS, M), "float32")
-                warp_sum = T.sblock_alloc_buffer((WARPS, M), "float32")
-                warp_acc = T.sblock_alloc_buffer((WARPS, M, D), "float32")
+                q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
+                warp_ref = T.sblock_alloc_buffer((SUMS, M), "float32")
+                warp_sum = T.sblock_alloc_buffer((SUMS, M), "float32")
+                warp_acc = T.sblock_alloc_buffer((SUMS, M, D), "float32")
                 find_row(state, slots, vb, ring, split, slot, oldest, count, entries)
-                for m, d in T.grid(M, D):
-                    with T.sblock("q_near"):
-                        vm, vd = T.axis.remap("SS", [m, d])
-                        q_near[vm, vd] = q[vb, first + vm, vd]
-                for w in range(WARPS):
-                    with T.sblock("warp"):
-                        vw = T.axis.spatial(WARPS, w)
+                load_queries(q, vb, first, q_load)
+                for x in range(SUMS):
+                    with T.sblock("partial"):
+                        vx = T.axis.spatial(SUMS, x)
                         T.reads(
                             k_ring[0:S, kv, 0:ring, 0:D],
                             v_ring[0:S, kv, 0:ring, 0:D],
@@ -118,17 +124,17 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                             oldest[0],
                             count[0],
                             entries[0],
-                            q_near[0:M, 0:D],
+                            q_load[0:LANES, 0:SPANS, 0:LOADED],
                             part_acc[vb, first : first + M, 0:X, 0:D],
                             part_stat[vb, first : first + M, 0:X, 0:2],
                         )
-                        T.writes(warp_ref[vw, 0:M], warp_sum[vw, 0:M], warp_acc[vw, 0:M, 0:D])
+                        T.writes(warp_ref[vx, 0:M], warp_sum[vx, 0:M], warp_acc[vx, 0:M, 0:D])
                         ref = T.sblock_alloc_buffer((LANES, 2), "float32")
                         total = T.sblock_alloc_buffer((LANES, 2), "float32")
                         acc = T.sblock_alloc_buffer((LANES, PRODUCTS * 4), "float32")
                         start(ref, total, acc)
                         for c in T.serial(
-                            T.max(0, T.ceildiv(T.ceildiv(count[0], TOKENS) - vw, WARPS))
+                            T.max(0, T.ceildiv(T.ceildiv(count[0], TOKENS) - vx, SUMS))
                         ):
                             with T.sblock("tile"):
                                 vc = T.axis.opaque(T.ceildiv(ring, TOKENS), c)
@@ -138,7 +144,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                     slot[0],
                                     oldest[0],
                                     count[0],
-                                    q_near[0:M, 0:D],
+                                    q_load[0:LANES, 0:SPANS, 0:LOADED],
                                 )
                                 # Declared as written only: an update in place is not scheduled.
                                 T.writes(
@@ -146,7 +152,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                     total[0:LANES, 0:2],
                                     acc[0:LANES, 0 : PRODUCTS * 4],
                                 )
-                                before = T.meta_var((vc * WARPS + vw) * TOKENS)
+                                before = T.meta_var((vc * SUMS + vx) * TOKENS)
                                 place = T.meta_var(
                                     lambda token: slot_of(oldest[0], count[0], token, ring)
                                 )
@@ -157,38 +163,60 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None, warps: int 
                                 prob_pair = T.sblock_alloc_buffer((LANES, MATRICES), "uint32")
                                 load_values(v_ring, slot[0], kv, place, before, v_near)
                                 load_keys(k_ring, slot[0], kv, place, before, k_near)
-                                scores(k_near, q_near, scale, before, count[0], score)
+                                scores(k_near, q_load, scale, before, count[0], score)
                                 softmax(
                                     score, lambda lane: T.float32(0), ref, total, acc, keep,
                                     prob_pair,
                                 )  # fmt: skip
                                 outputs(v_near, prob_pair, acc)
                         attended()  # nothing before this reads what `attend` writes
-                        fold_parts(part_acc, part_stat, vb, first, entries, vw, ref, total, acc)
-                        totals = T.sblock_alloc_buffer((LANES, 2), "float32")
-                        sum_up(total, totals)
-                        store_stat(ref, totals, vw, warp_ref, warp_sum)
-                        store_sums(lambda t, lane, e: acc[lane, t * 4 + e], vw, warp_acc)
-                for m, d in T.grid(M, D):
-                    with T.sblock("out"):
-                        vm, vd = T.axis.remap("SS", [m, d])
-                        top = T.meta_var(highest(WARPS, warp_ref, vm))
-                        mass = T.meta_var(
-                            joined(WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm])
-                        )
-                        found = T.meta_var(
-                            joined(WARPS, warp_ref, top, vm, lambda warp: warp_acc[warp, vm, vd])
-                        )
-                        out[vb, first + vm, vd] = T.Cast(
-                            dtype, T.Select(mass == T.float32(0), T.float32(0), found / mass)
-                        )
-                for m in range(M):
-                    with T.sblock("lse"):
-                        vm = T.axis.spatial(M, m)
-                        top = T.meta_var(highest(WARPS, warp_ref, vm))
-                        mass = T.meta_var(
-                            joined(WARPS, warp_ref, top, vm, lambda warp: warp_sum[warp, vm])
-                        )
-                        lse[vb, first + vm] = (top + T.log2(mass)) * T.float32(math.log(2))
+                        fold_parts(part_acc, part_stat, vb, first, entries, vx, ref, total, acc)
+                        with T.sblock("store"):
+                            # the same for all of a warp
+                            T.where(T.tvm_thread_invariant(T.Or(vx < FEW, T.Not(few))))
+                            T.reads(
+                                ref[0:LANES, 0:2], total[0:LANES, 0:2],
+                                acc[0:LANES, 0 : PRODUCTS * 4],
+                            )  # fmt: skip
+                            T.writes(warp_ref[vx, 0:M], warp_sum[vx, 0:M], warp_acc[vx, 0:M, 0:D])
+                            totals = T.sblock_alloc_buffer((LANES, 2), "float32")
+                            sum_up(total, totals)
+                            store_stat(ref, totals, vx, warp_ref, warp_sum)
+                            store_sums(lambda t, lane, e: acc[lane, t * 4 + e], vx, warp_acc)
+                with T.sblock("finish"):  # an output has one writer
+                    T.reads(
+                        warp_ref[0:SUMS, 0:M], warp_sum[0:SUMS, 0:M], warp_acc[0:SUMS, 0:M, 0:D]
+                    )
+                    T.writes(out[vb, first : first + M, 0:D], lse[vb, first : first + M])
+                    with T.sblock("few"):
+                        T.where(T.tvm_thread_invariant(few))
+                        finish_few(warp_ref, warp_sum, warp_acc, vb, first, out, lse)
+                    with T.sblock("all"):
+                        T.where(T.tvm_thread_invariant(T.Not(few)))
+                        finish_all(warp_ref, warp_sum, warp_acc, vb, first, out, lse)
 
     return combine_window
+
+
+def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
+    """The output and log-sum-exp of `M` queries from so many sums."""
+
+    @T.macro
+    def finish(warp_ref, warp_sum, warp_acc, row, first, out, lse):
+        for m, d in T.grid(M, D):
+            with T.sblock(f"out{suffix}"):
+                vm, vd = T.axis.remap("SS", [m, d])
+                top = T.meta_var(highest(sums, warp_ref, vm))
+                mass = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_sum[x, vm]))
+                found = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_acc[x, vm, vd]))
+                out[row, first + vm, vd] = T.Cast(
+                    dtype, T.Select(mass == T.float32(0), T.float32(0), found / mass)
+                )
+        for m in range(M):
+            with T.sblock(f"lse{suffix}"):
+                vm = T.axis.spatial(M, m)
+                top = T.meta_var(highest(sums, warp_ref, vm))
+                mass = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_sum[x, vm]))
+                lse[row, first + vm] = (top + T.log2(mass)) * T.float32(math.log(2))
+
+    return finish

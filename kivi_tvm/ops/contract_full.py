@@ -14,11 +14,11 @@ from kivi_tvm.ops.online_softmax import LOG2_E
 
 TOKENS = ROWS  # of a tile
 MATRICES = TOKENS // QUERIES
-LOADED = 8  # channels of a key that a lane loads at once
+LOADED = 8  # channels of a key or query that a lane loads at once
 DOT_SUMS = 2  # products in a row go into different sums: none waits for the one before
 
 
-def full_score_blocks(tile: FullTile, M: int, dtype: str):
+def full_score_blocks(tile: FullTile, dtype: str):
     """Loads of a tile's keys; and `score [lane, matrix, e]` with them in log2 units.
 
     `before` tokens are before the tile; `place(token)` is where a token lies in the ring. Scores
@@ -38,15 +38,9 @@ def full_score_blocks(tile: FullTile, M: int, dtype: str):
                 k_near[vl, vs, vx, vo] = k_ring[slot, head, at, run * LOADED + vo]
 
     @T.macro
-    def scores(k_near, q_near, scale, before, count, score):
-        q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
+    def scores(k_near, q_load, scale, before, count, score):
         q_pair = T.sblock_alloc_buffer((LANES, SPANS * LOADED // 2), "uint32")
         dot = T.sblock_alloc_buffer((LANES, DOT_SUMS * 4), "float32")
-        for s, lane, o in T.grid(SPANS, LANES, LOADED):
-            with T.sblock("q_load"):
-                vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
-                run = T.meta_var(T.min(4 * vs + vl % 4, D // LOADED - 1))
-                q_load[vl, vs, vo] = q_near[T.min(vl // 4, M - 1), run * LOADED + vo]
         for s, lane, i in T.grid(SPANS, LANES, LOADED // 2):
             with T.sblock("q_pair"):
                 vs, vl, vp = T.axis.remap("SSS", [s, lane, i])

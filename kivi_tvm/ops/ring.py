@@ -22,25 +22,31 @@ def slot_of(oldest: Any, count: Any, token: Any, ring: Any) -> Any:
 def row_blocks(key: KernelKey):
     """`slot`, `oldest` and `count` of a row's window, and its partial results, `entries`.
 
-    A row that is not there has no tokens and no entries, in slot 0.
+    A row that is not there has no tokens and no entries, in slot 0. What is used twice is computed
+    once: a load is not merged with another beyond a condition.
     """
 
     @T.macro
     def find(state, slots, row, ring, split, slot, oldest, count, entries):
+        given = T.sblock_alloc_buffer((1,), "int32")
+        length = T.sblock_alloc_buffer((1,), "int32")
+        packed = T.sblock_alloc_buffer((1,), "int32")
+        part = T.sblock_alloc_buffer((1,), "int32")  # packed tokens of a partial result
+        with T.sblock("given"):
+            given[0] = slots[row]
         with T.sblock("slot"):
-            slot[0] = T.max(slots[row], 0)
+            slot[0] = T.max(given[0], 0)
+        with T.sblock("length"):
+            length[0] = state[slot[0], LENGTH]
+        with T.sblock("packed"):
+            packed[0] = state[slot[0], PACKED_VALUES]
         with T.sblock("oldest"):
-            oldest[0] = state[slot[0], PACKED_VALUES] % ring
+            oldest[0] = packed[0] % ring
         with T.sblock("count"):
-            count[0] = T.Select(
-                slots[row] >= 0, state[slot[0], LENGTH] - state[slot[0], PACKED_VALUES], 0
-            )
+            count[0] = T.Select(given[0] >= 0, length[0] - packed[0], 0)
+        with T.sblock("part"):
+            part[0] = split_tokens(key, packed[0], split, T.Select)
         with T.sblock("entries"):
-            packed = T.meta_var(state[slot[0], PACKED_VALUES])
-            entries[0] = T.Select(
-                slots[row] >= 0,
-                T.ceildiv(packed, split_tokens(key, packed, split, T.Select)),
-                0,
-            )
+            entries[0] = T.Select(given[0] >= 0, T.ceildiv(packed[0], part[0]), 0)
 
     return find

@@ -62,6 +62,20 @@ def add(a: Any, b: Any) -> Any:
     return a + b
 
 
+def query_load_block(D: int, M: int, spans: int, each: int):
+    """The channels of `M` queries that a lane has in operands, `q_load [lane, span, each]`."""
+
+    @T.macro
+    def load(q, b, row, q_load):
+        for s, lane, o in T.grid(spans, LANES, each):
+            with T.sblock("q_load"):
+                vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
+                run = T.meta_var(T.min(4 * vs + vl % 4, D // each - 1))
+                q_load[vl, vs, vo] = q[b, row + T.min(vl // 4, M - 1), run * each + vo]
+
+    return load
+
+
 def query_blocks(key: KernelKey, M: int):
     """The `M` queries of a warp as operands, and what scores of theirs are multiplied with.
 
@@ -76,18 +90,12 @@ def query_blocks(key: KernelKey, M: int):
     )
 
     @T.macro
-    def queries(q, b, row, scale, q_pair, gain):
-        q_load = T.sblock_alloc_buffer((LANES, SPANS, W), key.dtype)
+    def queries(q_load, scale, q_pair, gain):
         q_raw = T.sblock_alloc_buffer((LANES, SPANS, W), "float32")
         q_own = T.sblock_alloc_buffer((LANES, 1), "float32")
         q_near = T.sblock_alloc_buffer((LANES, 1), "float32")
         q_top = T.sblock_alloc_buffer((LANES, 1), "float32")
         q_unit = T.sblock_alloc_buffer((LANES,), "float32")
-        for s, lane, o in T.grid(SPANS, LANES, W):
-            with T.sblock("q_load"):
-                vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
-                run = T.meta_var(T.min(4 * vs + vl % 4, D // W - 1))
-                q_load[vl, vs, vo] = q[b, row + T.min(vl // 4, M - 1), run * W + vo]
         for s, lane, o in T.grid(SPANS, LANES, W):
             with T.sblock("q_raw"):
                 vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
@@ -348,11 +356,11 @@ def warp_acc_block(tile: HalfTile | FullTile, M: int):
     return store
 
 
-def highest(warps: int, warp_ref: Any, query: Any) -> Any:
-    """The reference of a query that all warps' results are brought to."""
-    return reduce(T.max, [warp_ref[warp, query] for warp in range(warps)])
+def highest(sums: int, warp_ref: Any, query: Any) -> Any:
+    """The reference of a query that all sums are brought to."""
+    return reduce(T.max, [warp_ref[x, query] for x in range(sums)])
 
 
-def joined(warps: int, warp_ref: Any, top: Any, query: Any, part: Callable[[int], Any]) -> Any:
-    """The sum of what the warps have, `part(warp)`, for that reference."""
-    return reduce(add, [part(warp) * T.exp2(warp_ref[warp, query] - top) for warp in range(warps)])
+def joined(sums: int, warp_ref: Any, top: Any, query: Any, part: Callable[[int], Any]) -> Any:
+    """What all sums have, `part(x)`, for that reference."""
+    return reduce(add, [part(x) * T.exp2(warp_ref[x, query] - top) for x in range(sums)])

@@ -54,3 +54,9 @@ def device_of(target: Mapping[str, Any], device: Any) -> torch.device:
             f"{torch.cuda.get_device_name(index)} is sm_{capability[0]}{capability[1]}"
         )
     return torch.device("cuda", index)
+
+
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a CUDA device."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

@@ -19,6 +19,7 @@ from kivi_tvm.runtime.checks import (
     in_lines,
     span,
 )
+from kivi_tvm.runtime.devices import processors
 from kivi_tvm.runtime.memory import LayerMemory
 from kivi_tvm.runtime.rows import NO_SLOT
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from kivi_tvm.runtime.workspace import Workspace
 
 
+# So many KV heads of all rows for each of its multiprocessors fill a GPU: `combine_batch` is faster
+# on them, or as fast. Which of both is called changes no bit.
+BATCH_HEADS = 4
 # Windows before a step: (name, slots, copy of what they held).
 Saved = Sequence[tuple[str, list[int], Tensor]]
 NOTHING: Saved = ()
@@ -72,10 +76,14 @@ class CacheLayer:
         self._attend_args = _frozen(*keys, *values, *tables, rows.slots)
         self._window_args = _frozen(k_ring, v_ring, rows.state, rows.slots)
         self._row_args = _frozen(rows.state, rows.slots)
-        # a launch costs more than the window does
-        on_gpu = cache.device.type == "cuda"
-        self._combine_window = cache.kernels["combine_window"] if on_gpu else None
-        self._takes_lines = on_gpu and cache.module.manifest["compute"] == "half"
+        self._takes_lines = False
+        self._combine_window = None
+        if cache.device.type == "cuda":
+            # a launch costs more than the window does
+            half = cache.module.manifest["compute"] == "half"
+            fills = half and B * cache.cfg.H_kv >= BATCH_HEADS * processors(cache.device)
+            self._combine_window = cache.kernels["combine_batch" if fills else "combine_window"]
+            self._takes_lines = half
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -234,7 +242,8 @@ class CacheLayer:
             if work is not None:
                 kernels["attend"](*self._attend_args, work, queries, scale, *parts)
             if self._combine_window and not self._sink_args:
-                self._combine_window(*self._window_args, q, scale, space.split, *parts, out, lse)
+                rest = (space.split, *parts, out, lse)
+                self._combine_window(*self._window_args, queries, scale, *rest)
             else:
                 kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
                 if self._sink_args:

@@ -85,6 +85,7 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
     # 1. what a warp computes lies in the registers of its lanes
     for name in SCALARS:
         keep_local(sch, name)
+    sch.set_scope(sch.get_sblock("q_load"), 0, "warp")
     keep_in_registers(sch, sch.get_sblock("warp"))
     for name in BY_LANE:
         block = sch.get_sblock(name)

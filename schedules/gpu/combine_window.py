@@ -24,7 +24,7 @@ from kivi_tvm.schedules.threads import (
 )
 from kivi_tvm.targets import Hardware
 
-SCALARS = "slot", "oldest", "count", "entries"
+SCALARS = "given", "slot", "length", "packed", "oldest", "count", "part", "entries"
 ELEMENTWISE = (
     "q_scaled", "start_stat", "start_acc", "score", "prob", "mass",
     "new_stat", "new_sum", "new_acc", "keep_stat", "keep_acc", "level", "weight",
@@ -77,7 +77,7 @@ def min_blocks(key: KernelKey) -> int:
 
 def combine_window(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine_window` for work-groups."""
-    if has_block(sch, "warp"):
+    if has_block(sch, "partial"):
         combine_window_half.combine_window_half(sch, hardware)
         return
     loads = sch.get_sblock("k_near")

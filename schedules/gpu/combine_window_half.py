@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from tvm import DataType
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.layout import DTYPE_BYTES
-from kivi_tvm.ops.combine_window_half import WARPS
+from kivi_tvm.ops.combine_window_half import ALL_SUFFIX, FEW_SUFFIX, SUMS
 from kivi_tvm.ops.fragments import QUERIES, FullTile
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE
+from kivi_tvm.schedules.choices import choose
 from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.mma import mma, transpose
 from kivi_tvm.schedules.primitives import extent_of
@@ -28,7 +30,7 @@ from kivi_tvm.schedules.threads import (
 )
 from kivi_tvm.targets import Hardware
 
-SCALARS = "slot", "oldest", "count", "entries", "attended"
+SCALARS = "given", "slot", "length", "packed", "oldest", "count", "part", "entries", "attended"
 LOADS = "q_load", "k_near", "v_near", "near"
 BY_LANE = (
     "q_pair", "start", "start_acc", "dot_start", "k_pair", "score", "own_max", "max_of_2",
@@ -38,19 +40,19 @@ BY_LANE = (
 )  # fmt: skip
 PRODUCTS = "dot", "out_of_values"
 ROW_TILES = 1, 2, 4, 8
+WARPS = 2, 4, SUMS
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """Rows of a tile share what is loaded of the window: by default all that an operand holds."""
-    fits = [n for n in ROW_TILES if shared_bytes(key, n, WARPS) <= hardware.dynamic_bytes]
+    fits = [n for n in ROW_TILES if shared_bytes(key, n) <= hardware.dynamic_bytes]
     options = sorted({min(n, key.rows) for n in fits})
-    return {"row_tile": (options, options[-1]), "warps": ((2, 4, WARPS), WARPS)}
+    return {"row_tile": (options, options[-1])}
 
 
-def shared_bytes(key: KernelKey, rows: int, warps: int) -> int:
-    """Shared memory of a work-group: queries, and what warps have."""
-    rows, D = min(rows, QUERIES), key.head_dim
-    return rows * (D * DTYPE_BYTES[key.dtype] + 4 * warps * (D + 2))
+def shared_bytes(key: KernelKey, rows: int) -> int:
+    """Shared memory of a work-group: its sums."""
+    return 4 * SUMS * min(rows, QUERIES) * (key.head_dim + 2)
 
 
 def min_blocks(key: KernelKey) -> int:
@@ -59,17 +61,16 @@ def min_blocks(key: KernelKey) -> int:
     return 1 if wide or FullTile(key.head_dim).channels_apart == 2 else 2
 
 
-def combine_window_half(sch: Schedule, hardware: Hardware) -> None:
-    """Schedule `combine_window` for warps."""
-    warp = sch.get_loops(sch.get_sblock("warp"))[-1]
-    group = WorkGroup(extent_of(sch, warp), hardware.warp)
+def combine_window_half(sch: Schedule, hardware: Hardware, warps: int = SUMS) -> None:
+    """Schedule `combine_window` for warps, by default for so many."""
+    group = WorkGroup(choose(sch, "warps", WARPS, warps), hardware.warp)
     for name in SCALARS:
         keep_local(sch, name)
     if hardware.early_launch:
         sch.tensorize(sch.get_sblock("attended"), wait())
-    over_threads(sch, sch.get_sblock("q_near"), group)
     # 1. what a warp computes lies in the registers of its lanes, loaded all before the first use
-    keep_in_registers(sch, sch.get_sblock("warp"))
+    sch.set_scope(sch.get_sblock("q_load"), 0, "warp")
+    keep_in_registers(sch, sch.get_sblock("partial"))
     for name in LOADS:
         block = sch.get_sblock(name)
         by_lane(sch, block, min(wide(sch, block), extent_of(sch, sch.get_loops(block)[-1])))
@@ -86,9 +87,10 @@ def combine_window_half(sch: Schedule, hardware: Hardware) -> None:
     unroll(sch, outer)
     for name in ("key_step", "value_product"):
         unroll(sch, sch.get_loops(sch.get_sblock(name)))
-    # 3. the warps of a work-group, joined through shared memory
+    # 3. a warp computes every so many-th sum; they are joined through shared memory
+    _, warp = sch.split(sch.get_loops(sch.get_sblock("partial"))[-1], [None, group.warps])
     sch.bind(warp, "threadIdx.y")
-    for name in ("out", "lse"):
-        over_threads(sch, sch.get_sblock(name), group)
+    for name, suffix in product(("out", "lse"), (FEW_SUFFIX, ALL_SUFFIX)):
+        over_threads(sch, sch.get_sblock(name + suffix), group)
     share(sch, SCOPE)
     over_groups(sch, sch.get_sblock("head"))

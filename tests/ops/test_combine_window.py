@@ -8,7 +8,7 @@ import pytest
 import torch
 from configurations import CONFIGS, FEW, HALF, config_id
 from emulated_cuda import TARGET, EmulatedKernel, EmulatedLibrary
-from inputs import ATTENDED_DATA, draw, strided
+from inputs import ATTENDED_DATA, draw, strided_queries
 from ops.plain import plain_kernel
 from ops.test_attend import splits_of
 from pools import Pool, poisoned
@@ -73,7 +73,7 @@ def check(cfg, kernel, lengths, data="normal", rollback=0, scale=None):
     room = poisoned((cfg.H, len(lengths), cfg.D + 4), dtype)
     out, lse = room[..., : cfg.D].movedim(0, 1), poisoned((len(lengths), cfg.H), torch.float32)
     split = cfg.kernel_key().split_tokens
-    q = strided(inputs.q[0])
+    q = strided_queries(inputs.q[0], cfg.compute)
     kernel(cfg)(*pool.args(*NAMES), q, scale, split, acc, stat, out, lse)
     assert room[..., cfg.D :].isnan().all()
     for row, length in enumerate(lengths):
@@ -87,6 +87,7 @@ def check(cfg, kernel, lengths, data="normal", rollback=0, scale=None):
         worst = want[1].abs().max().item()
         assert_close(out[row], want[0], dtype, worst, what=f"row {row}")
         assert_close(lse[row], want[1], torch.float32, worst, what=f"row {row} lse")
+    return out, lse
 
 
 @pytest.mark.parametrize("cfg", [*CONFIGS, *HALF], ids=config_id)

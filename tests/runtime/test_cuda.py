@@ -12,6 +12,8 @@ from tolerance import assert_close, limit
 
 from kivi_tvm import build
 from kivi_tvm.reference import ReferenceCache
+from kivi_tvm.runtime.devices import processors
+from kivi_tvm.runtime.layer import BATCH_HEADS
 
 pytestmark = pytest.mark.cuda
 SOME = [*FEW, *HALF[::6]]
@@ -105,6 +107,22 @@ def test_a_row_alone_gives_the_bits_of_a_batch(cfg):
             found = decoded(alone, inputs, i, part)
             for one, all_rows in zip(found, together[i], strict=True):
                 assert_same_bits(one[0].cpu(), all_rows[row].cpu(), f"row {row} step {i}")
+
+
+@pytest.mark.parametrize("cfg", HALF[::6], ids=config_id)
+def test_a_batch_that_fills_the_gpu_gives_the_bits_of_a_small_one(cfg):
+    """Other kernels end the step there."""
+    lengths = [2500, 17, cfg.R, 1100, cfg.R + 300]
+    cache, inputs = prefilled(cfg, lengths, 2)
+    few = [decoded(cache, inputs, i) for i in range(2)]
+    cache, _ = prefilled(cfg, lengths, 2)
+    times = 1 + BATCH_HEADS * processors(torch.device("cuda")) // (len(lengths) * cfg.H_kv)
+    cache.repeat(times)
+    for i in range(2):
+        given = (x[i] for x in (inputs.q, inputs.k_new, inputs.v_new))
+        step = (x.cuda().repeat_interleave(times, 0) for x in given)
+        for one, all_rows in zip(few[i], cache.decode(*step, return_lse=True), strict=True):
+            assert_same_bits(all_rows.cpu(), one.cpu().repeat_interleave(times, 0), f"step {i}")
 
 
 def test_on_a_stream_of_its_own():

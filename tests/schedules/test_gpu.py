@@ -64,8 +64,9 @@ def instructions(source, architecture):
 
 @pytest.mark.parametrize("cfg", [*CONFIGS[::4], *HALF[::4]], ids=config_id)
 def test_every_operator_has_a_schedule(cfg):
-    for name in functions(cuda()):
-        scheduled_function(name, cfg.kernel_key(), cuda())
+    key = cfg.kernel_key()
+    for name in functions(key, cuda()):
+        scheduled_function(name, key, cuda())
 
 
 def test_a_work_group_shares_what_every_device_gives():
@@ -87,7 +88,7 @@ def test_machine_code_spills_nothing(cfg, tmp_path):
             pytest.skip(f"needs nvcc that knows {architecture}")
         source = sources[hardware(cuda(architecture)).early_launch]
         found = resources(source, architecture, tmp_path)
-        assert len(found) == len(functions(cuda()))
+        assert len(found) == len(functions(cfg.kernel_key(), cuda()))
         for name, (_, spilled, shared) in found.items():
             what = f"{name} on {architecture}"
             assert spilled == 0, what
@@ -123,15 +124,15 @@ def test_occupancy(cfg, tmp_path):
 @pytest.mark.skipif(not all(map(find_program, PROGRAMS)), reason="needs cuobjdump and nvdisasm")
 @pytest.mark.parametrize("cfg", [FEW[0], HALF[0]], ids=config_id)
 def test_what_is_loaded_before_earlier_kernels_have_ended(cfg):
-    """Nothing, but by two kernels from the second-level cache, where all is that was written.
+    """Nothing, but by three kernels from the second-level cache, where all is that was written.
 
     `attend` of mode "half" waits and releases within; where it ends, for threads that have not, or
     where it begins, for queries that may just have been written.
     """
     kernels = instructions(source_of(cfg.kernel_key()), "sm_90")
-    assert len(kernels) == len(functions(cuda()))
+    assert len(kernels) == len(functions(cfg.kernel_key(), cuda()))
     half = cfg.compute == "half"
-    loading = {"combine_window_kernel", *["attend_kernel"] * half}
+    loading = {"combine_window_kernel", *["attend_kernel", "combine_batch_kernel"] * half}
     for kernel, names in kernels.items():
         waits = [at for at, name in enumerate(names) if name == WAIT]
         twice = half and kernel in ("attend_kernel", "extend_attend_kernel")

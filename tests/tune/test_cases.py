@@ -96,7 +96,9 @@ def test_accepts_the_default_kernel_and_rejects_wrong_ones(function, workload):
     assert rejects(case, writes_outside(kernel, number, offset=1))
 
 
-@pytest.mark.parametrize("function", ["attend", "extend_attend", "combine", "combine_window"])
+@pytest.mark.parametrize(
+    "function", ["attend", "extend_attend", "combine", "combine_batch", "combine_window"]
+)
 def test_functions_of_gpus(function):
     """In mode "half", whose splits depend on a row's length; the operators as they are."""
     workload = replace(HALF, num_heads=4, num_kv_heads=2, compute="half")

@@ -107,5 +107,5 @@ def strided(x: Tensor, start: int = 3) -> Tensor:
 
 
 def strided_queries(x: Tensor, compute: str) -> Tensor:
-    """`strided`; from multiples of 16 bytes on in mode "half", where `attend` loads so many."""
+    """`strided`; from multiples of 16 bytes on in mode "half", where kernels load so many."""
     return strided(x, 8 if compute == "half" else 3)

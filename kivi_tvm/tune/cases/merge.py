@@ -10,7 +10,15 @@ from torch import Tensor
 from kivi_tvm import reference
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases.attention import splits_of
-from kivi_tvm.tune.cases.case import Argument, Call, Case, scalar, strided, tensor
+from kivi_tvm.tune.cases.case import (
+    Argument,
+    Call,
+    Case,
+    scalar,
+    strided,
+    strided_queries,
+    tensor,
+)
 from kivi_tvm.tune.cases.inputs import RINGS, Timed, draw, held, nbytes, token_nbytes
 from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import UNTOUCHED, poisoned
@@ -76,7 +84,8 @@ def _check_window(task: Task, spread: float, data: str) -> Call:
         out, lse = reference.attention(q[row].double(), k.double(), v.double(), scale)
         stat = torch.stack([lse / math.log(2), torch.ones_like(lse)], -1)
         merged.expect(row, (out[:, None], stat[:, None]), lse.abs().max().item())
-    start = [*held(pool, (*RINGS, "state", "slots")), tensor(strided(q)), scalar(scale)]
+    queries = tensor(strided_queries(q, task.key.compute))
+    start = [*held(pool, (*RINGS, "state", "slots")), queries, scalar(scale)]
     return merged.call([*start, scalar(task.key.split_tokens)])
 
 
