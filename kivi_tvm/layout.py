@@ -17,7 +17,8 @@ STATE_FIELDS = ("length", "packed_keys", "packed_values", "reserved")
 LENGTH, PACKED_KEYS, PACKED_VALUES = 0, 1, 2
 NO_PAGE = -1
 BYTE_BITS = 8
-# In mode "half" a row is cut into so many parts before its parts become longer.
+# In mode "half" a row that is not one of the shortest is cut into at most so many parts before its
+# parts become longer.
 SHORT_SPLITS = 8
 
 
@@ -246,19 +247,30 @@ def split_tokens(
     select : callable
         `select(holds, one, other)`, for expressions.
     """
-    if key.compute != "half":
-        return most
     found = most
-    for parts in (2, 4):
-        split = most // parts // HALF_PAGE_UNIT * HALF_PAGE_UNIT
-        found = select(packed <= SHORT_SPLITS * split, split, found)
-    return select(packed <= most // 2, most, found)
+    for end, part in reversed(_short_rows(key, most)):
+        found = select(packed <= end, part, found)
+    return found
 
 
-def tokens_of_splits(key: KernelKey, splits: int) -> int:
-    """The most packed tokens such that a row with as many or fewer has at most `splits` splits."""
-    most = key.split_tokens
-    if splits >= SHORT_SPLITS:  # none of the shorter ones has more than so many
-        return splits * most
-    least: int = split_tokens(key, most // 2 + 1, most)
-    return max(most // 2, splits * least)
+def _short_rows(key: KernelKey, most: Any) -> list[tuple[Any, Any]]:
+    """Rows of how many packed tokens have other parts than `most`, and those parts, by length."""
+    if key.compute != "half":
+        return []
+    half, quarter = (most // n // HALF_PAGE_UNIT * HALF_PAGE_UNIT for n in (2, 4))
+    shorter = [(SHORT_SPLITS * part, part) for part in (quarter, half)]
+    return [(most // 2, most), *shorter]
+
+
+def tokens_of_splits(key: KernelKey, splits: int, packed: int) -> int:
+    """The packed tokens that a row of `packed` may grow to before it has more than `splits` splits.
+
+    Where parts become longer it has fewer than a token before.
+    """
+    before, room = 0, splits * key.split_tokens
+    for end, part in _short_rows(key, key.split_tokens):
+        if packed <= end and splits * part < end:
+            room = splits * part
+            break
+        before = end
+    return max(before, room)

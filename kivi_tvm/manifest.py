@@ -14,7 +14,7 @@ from kivi_tvm.host import Platform, installed_version
 
 # Raised whenever the manifest or what a compiled function takes, returns or means changes: an
 # artifact of another format is refused.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DISTRIBUTIONS = {"kivi_tvm": "kivi-tvm", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
 # First release that works and first one that is not known to (the pins of pyproject.toml).
 VERSION_RANGES = {"tvm": ((0, 27, 0), (0, 28, 0)), "tvm_ffi": ((0, 1, 14), (0, 2, 0))}

@@ -40,8 +40,7 @@ class WorkGroup:
 
 def work_group(sch: Schedule, hardware: Hardware, warps: int = WARPS) -> WorkGroup:
     """The work-group of a kernel, by the choice `warps`, by default of so many."""
-    options = sorted({warps, 2, 4, 8})
-    return WorkGroup(choose(sch, "warps", options, warps), hardware.warp)
+    return WorkGroup(choose(sch, "warps", [2, 4, 8], warps), hardware.warp)
 
 
 def over_groups(sch: Schedule, block: SBlockRV) -> None:

@@ -43,16 +43,16 @@ OPS: dict[str, Operator] = {
     "quantize_value": quantize_value,
 }
 
-OTHERS = "attend_new", "combine_batch", "combine_window"
+NOT_AS_THEY_ARE = "attend_new", "combine_batch", "combine_window"
 # Every function of a compiled module: its operator, and whether it takes the queries of several
 # new tokens (`KernelKey.extend_rows`) instead of one.
 FUNCTIONS: dict[str, tuple[str, bool]] = {
-    **{name: (name, False) for name in OPS if name not in OTHERS},
+    **{name: (name, False) for name in OPS if name not in NOT_AS_THEY_ARE},
     "extend_attend": ("attend", True),
     "extend_window": ("attend_window", True),
     "extend_new": ("attend_new", True),
 }
-# Further ones of modules for GPUs, and of those in mode "half".
+# Further ones of modules for GPUs, and of those in mode "half", for large batches.
 GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
-HALF_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
-ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS | HALF_FUNCTIONS
+BATCH_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
+ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS | BATCH_FUNCTIONS

@@ -201,6 +201,10 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
 def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
     """The output and log-sum-exp of `M` queries from so many sums."""
 
+    def with_others(found, top):
+        """What the sums that are left out have is a zero, which makes a negative one positive."""
+        return found if sums == SUMS else found + T.exp2(T.min_value("float32") - top)
+
     @T.macro
     def finish(warp_ref, warp_sum, warp_acc, row, first, out, lse):
         for m, d in T.grid(M, D):
@@ -208,7 +212,9 @@ def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
                 vm, vd = T.axis.remap("SS", [m, d])
                 top = T.meta_var(highest(sums, warp_ref, vm))
                 mass = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_sum[x, vm]))
-                found = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_acc[x, vm, vd]))
+                found = T.meta_var(
+                    with_others(joined(sums, warp_ref, top, vm, lambda x: warp_acc[x, vm, vd]), top)
+                )
                 out[row, first + vm, vd] = T.Cast(
                     dtype, T.Select(mass == T.float32(0), T.float32(0), found / mass)
                 )

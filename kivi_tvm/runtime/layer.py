@@ -80,10 +80,11 @@ class CacheLayer:
         self._combine_window = None
         if cache.device.type == "cuda":
             # a launch costs more than the window does
-            half = cache.module.manifest["compute"] == "half"
-            fills = half and B * cache.cfg.H_kv >= BATCH_HEADS * processors(cache.device)
-            self._combine_window = cache.kernels["combine_batch" if fills else "combine_window"]
-            self._takes_lines = half
+            about = cache.module.manifest
+            fills = B * cache.cfg.H_kv >= BATCH_HEADS * processors(cache.device)
+            batch = fills and "combine_batch" in about["sources"]
+            self._combine_window = cache.kernels["combine_batch" if batch else "combine_window"]
+            self._takes_lines = about["compute"] == "half"
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -191,7 +192,7 @@ class CacheLayer:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Append one token per active row, quantize what is due, attend to everything stored.
 
-        Inactive rows' inputs are not read; their output is 0 and their log-sum-exp -inf.
+        Inactive rows' inputs do not matter; their output is 0 and their log-sum-exp -inf.
 
         Parameters
         ----------

@@ -10,7 +10,7 @@ from kivi_tvm.config import KernelKey, KiviConfig
 from kivi_tvm.runtime.checks import outside_inference_mode
 from kivi_tvm.runtime.work import every_split, work_list
 
-SPARE = 8  # on a GPU there is room for a split more, and one for every so many; but for a first one
+SPARE = 8  # where more are needed on a GPU, there is room for another split, and one for so many
 
 
 class Workspace:
@@ -71,8 +71,7 @@ class Workspace:
         parts = [layout.split_tokens(self._key, tokens, self.split) for tokens in packed]
         splits = [-(-tokens // part) for tokens, part in zip(packed, parts, strict=True)]
         if (most := max(splits)) > self.capacity:
-            spare = 0 if self._listed or most == 1 else 1 + most // SPARE
-            self._allocate(most + spare)
+            self._allocate(most if self._listed else most + 1 + most // SPARE)
         if not self._listed:
             return
         plan = (threads, *splits)
@@ -82,24 +81,24 @@ class Workspace:
             self._planned = plan
 
     def steps_until_new_splits(self, lengths: list[int]) -> int:
-        """Tokens that every row can take before the work list changes."""
+        """Tokens that every row can take before the work list changes, or there is no room."""
         R, split = self._cfg.R, self.split
-        if not self._listed:
-            most = layout.tokens_of_splits(self._key, self.capacity)
-            return min((R + most - length for length in lengths), default=0)
         packed = (layout.packed_values(self._cfg, length) for length in lengths)
         rows = zip(packed, lengths, strict=True)
+        if not self._listed:
+            ends = ((layout.tokens_of_splits(self._key, self.capacity, n), m) for n, m in rows)
+            return min((R + end - length for end, length in ends), default=0)
         steps = (-tokens % split if tokens else R - length for tokens, length in rows)
         return min(steps, default=0)
 
     @outside_inference_mode
     def _allocate(self, splits: int) -> None:
+        items = None if self._listed else every_split(self._batch_size, splits, self._device)
         shape = (self._batch_size, self._queries, splits + self.tail)
         acc = torch.empty(*shape, self._cfg.D, device=self._device)
         stat = torch.empty(*shape, 2, device=self._device)
         # All at once: kernels write as many results as `_acc` has room for.
         parts = (tvm_ffi.from_dlpack(acc), tvm_ffi.from_dlpack(stat))
         self._acc, self._stat, self.parts = acc, stat, parts
-        if not self._listed:
-            self._items = every_split(self._batch_size, splits, self._device)
-            self.work = tvm_ffi.from_dlpack(self._items)
+        if items is not None:
+            self._items, self.work = items, tvm_ffi.from_dlpack(items)

@@ -9,15 +9,16 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.schedules.choices import choose
 from kivi_tvm.schedules.gpu.quantize_key import key_group
 from kivi_tvm.schedules.gpu.quantize_value import value_token
 from kivi_tvm.schedules.threads import (
+    WorkGroup,
     keep_local,
     over_groups,
     over_last,
     over_threads,
     share,
-    work_group,
 )
 from kivi_tvm.targets import Hardware
 
@@ -27,11 +28,9 @@ BY_CHANNEL = (
 )  # fmt: skip
 SCALARS = "slot", "length", "value_page"
 LOADED = "load_new_value", "load_new_key", "load_word"  # into registers, which wait for no store
-
-
 # Of many rows a GPU holds the more at once: 438 with 8 KV heads take 7 us on an H100 instead of 12,
 # one takes 0.1 us longer than with two.
-WARPS = 1
+WARPS = 1, 2
 
 
 def beginning(key: KernelKey, extends: bool) -> str:
@@ -48,7 +47,7 @@ def min_blocks(key: KernelKey) -> int:
 
 def append(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `append` for work-groups."""
-    group = work_group(sch, hardware, WARPS)
+    group = WorkGroup(choose(sch, "warps", WARPS, WARPS[0]), hardware.warp)
     # what is read twice comes from the cache the second time
     sch.compute_inline(sch.get_sblock("load_key"))
     value_token(sch, group)

@@ -38,14 +38,14 @@ def operator(cfg):
     return plain_kernel("combine_window", key)
 
 
-def partial_results(cfg, pool, spread=3.0):
+def partial_results(cfg, pool, spare, spread=3.0):
     """Statistics and accumulators of every split, poisoned where there are none."""
     B, packed = len(pool.lengths), [max(0, (length or 0) - cfg.R) for length in pool.lengths]
     counts = [len(splits_of(cfg, tokens)) for tokens in packed]
-    entries = max(counts) + 2
+    entries = max(counts) + spare
     acc = poisoned((B, cfg.H, entries, cfg.D), torch.float32)
     stat = poisoned((B, cfg.H, entries, 2), torch.float32)
-    generator = torch.Generator().manual_seed(entries)
+    generator = torch.Generator().manual_seed(max(counts))
     for row, count in enumerate(counts):
         acc[row, :, :count] = torch.randn(cfg.H, count, cfg.D, generator=generator)
         stat[row, :, :count, 0] = spread * torch.randn(cfg.H, count, generator=generator)
@@ -63,12 +63,12 @@ def expected(cfg, q, k, v, acc, stat, scale):
     return out + torch.einsum("hx,hxd->hd", (level - lse[:, None]).exp(), acc.double()), lse
 
 
-def check(cfg, kernel, lengths, data="normal", rollback=0, scale=None):
+def check(cfg, kernel, lengths, data="normal", rollback=0, scale=None, spare=2):
     inputs = draw(cfg, max(n or 0 for n in lengths), lengths, data=data)
     scale = cfg.D**-0.5 if scale is None else scale
     pool = Pool(cfg, lengths, rollback)
     pool.store_rings(inputs.k, inputs.v, write_back=False)
-    acc, stat, counts = partial_results(cfg, pool)
+    acc, stat, counts = partial_results(cfg, pool, spare)
     dtype = getattr(torch, cfg.dtype)
     room = poisoned((cfg.H, len(lengths), cfg.D + 4), dtype)
     out, lse = room[..., : cfg.D].movedim(0, 1), poisoned((len(lengths), cfg.H), torch.float32)

@@ -1,6 +1,7 @@
 """The cache on a CUDA device: against the float64 reference, in batches, on streams, in graphs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from kivi_tvm.runtime.devices import processors
 from kivi_tvm.runtime.layer import BATCH_HEADS
 
 pytestmark = pytest.mark.cuda
-SOME = [*FEW, *HALF[::6]]
+SHORT_WINDOWS = [replace(cfg, residual_length=32) for cfg in HALF if cfg.key_group_size <= 32]
+SOME = [*FEW, *HALF[::6], SHORT_WINDOWS[0]]
+BATCHED = [cfg for cfg in HALF if cfg.D <= 128][::5] + SHORT_WINDOWS[:1]
 
 
 def cuda_cache(cfg, batch_size, **options):
@@ -109,20 +112,38 @@ def test_a_row_alone_gives_the_bits_of_a_batch(cfg):
                 assert_same_bits(one[0].cpu(), all_rows[row].cpu(), f"row {row} step {i}")
 
 
-@pytest.mark.parametrize("cfg", HALF[::6], ids=config_id)
+@pytest.mark.parametrize("cfg", BATCHED, ids=config_id)
 def test_a_batch_that_fills_the_gpu_gives_the_bits_of_a_small_one(cfg):
     """Other kernels end the step there."""
     lengths = [2500, 17, cfg.R, 1100, cfg.R + 300]
     cache, inputs = prefilled(cfg, lengths, 2)
+    assert cache.layer(0)._combine_window is cache.kernels["combine_window"]
     few = [decoded(cache, inputs, i) for i in range(2)]
     cache, _ = prefilled(cfg, lengths, 2)
     times = 1 + BATCH_HEADS * processors(torch.device("cuda")) // (len(lengths) * cfg.H_kv)
     cache.repeat(times)
+    assert cache.layer(0)._combine_window is cache.kernels["combine_batch"]
     for i in range(2):
         given = (x[i] for x in (inputs.q, inputs.k_new, inputs.v_new))
         step = (x.cuda().repeat_interleave(times, 0) for x in given)
         for one, all_rows in zip(few[i], cache.decode(*step, return_lse=True), strict=True):
             assert_same_bits(all_rows.cpu(), one.cpu().repeat_interleave(times, 0), f"step {i}")
+
+
+@pytest.mark.parametrize("length", [2500, 4300])
+def test_rows_grow_where_their_parts_have_become_longer(length):
+    """They have fewer parts than shorter ones: the host sees to pages and room all the same."""
+    cfg = replace(FEW[0], compute="half", page_size=64)
+    steps = cfg.R + cfg.P + 1
+    cache, inputs = prefilled(cfg, [length], steps)
+    reference = ReferenceCache(cfg, 1)
+    reference.prefill(inputs.k, inputs.v, [length])
+    for i in range(steps):
+        out, _ = decoded(cache, inputs, i)
+        reference.append(inputs.k_new[i], inputs.v_new[i])
+    want, _ = reference.attend(inputs.q[-1])
+    worst = largest_score(reference, inputs.q[-1], cfg.D**-0.5)
+    assert_close(out[0].cpu(), want[0], bound=limit(out.dtype, worst, cfg.compute))
 
 
 def test_on_a_stream_of_its_own():

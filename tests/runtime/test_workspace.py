@@ -21,10 +21,12 @@ def parts_of(cfg, space, length):
 
 
 @pytest.mark.parametrize(("compute", "page_size"), [("half", 128), ("half", 192), ("float", 128)])
-def test_there_is_room_for_every_part_until_the_host_acts(compute, page_size):
+@pytest.mark.parametrize("start", [1, 600, 641, 1200, 1900, 2177, 2500, 3000, 4225, 5000, 6000])
+def test_there_is_room_for_every_part_until_the_host_acts(compute, page_size, start):
+    """Also after a prefill of rows that have fewer parts than shorter ones."""
     cfg = KiviConfig(64, 2, 1, compute=compute, page_size=page_size)
     space = on_gpu(cfg)
-    length, turns = 1, 0
+    length, turns = start, 0
     while length < 40_000:
         space.fit([length], 1)
         steps = space.steps_until_new_splits([length])

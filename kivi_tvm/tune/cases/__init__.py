@@ -20,7 +20,7 @@ _MAKERS: dict[str, Callable[[Task], Case]] = {
     "attend": attention.attend,
     "attend_window": attention.attend_window,
     "combine": merge.combine,
-    "combine_batch": merge.combine_window,
+    "combine_batch": merge.combine_batch,
     "combine_window": merge.combine_window,
     "dequantize_key": storage.dequantize_key,
     "dequantize_value": storage.dequantize_value,

@@ -24,6 +24,7 @@ from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
+BATCH_HEADS = 1024  # KV heads of all rows: more than four for each multiprocessor of large GPUs
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
 
@@ -39,9 +40,15 @@ def combine(task: Task) -> Case:
     return Case(task.id, task.function, checks, [Call(arguments)], moved + nbytes(*results))
 
 
-def combine_window(task: Task) -> Case:
+def combine_batch(task: Task) -> Case:
+    """`combine_batch`: the same, timed on so many rows that it is called for them."""
+    rows = list(task.workload.row_lengths)
+    return combine_window(task, rows * -(-BATCH_HEADS // (len(rows) * task.workload.cfg.H_kv)))
+
+
+def combine_window(task: Task, lengths: list[int] | None = None) -> Case:
     """`combine_window`: attention to the window, and partial results merged with it."""
-    found = Timed(task)
+    found = Timed(task, lengths)
     splits = splits_of(task, found.cfg, found.lengths)
     q, parts, results = found.queries(1), found.parts(1, max(splits) + 1), _results(found)
     scalars = scalar(found.cfg.D**-0.5), scalar(task.key.split_tokens)
