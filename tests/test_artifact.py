@@ -127,9 +127,9 @@ def test_foreign_library_under_a_matching_manifest(tmp_path, content, rule):
         ("", "must be JSON"),
         ('{"format_version": 1', "must be JSON"),
         ("[]", "must be a JSON object, got list"),
-        ("{}", "`format_version` must be 3, got None"),
-        ('{"format_version": 1}', "`format_version` must be 3, got 1"),
-        ('{"format_version": 3}', "`kernel_key` is missing"),
+        ("{}", "`format_version` must be 4, got None"),
+        ('{"format_version": 1}', "`format_version` must be 4, got 1"),
+        ('{"format_version": 4}', "`kernel_key` is missing"),
         ("\x80", "JSON"),
     ],
 )
