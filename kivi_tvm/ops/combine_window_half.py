@@ -109,9 +109,9 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
                 count = T.sblock_alloc_buffer((1,), "int32")  # tokens of the window
                 entries = T.sblock_alloc_buffer((1,), "int32")
                 q_load = T.sblock_alloc_buffer((LANES, SPANS, LOADED), dtype)
-                warp_ref = T.sblock_alloc_buffer((SUMS, M), "float32")
-                warp_sum = T.sblock_alloc_buffer((SUMS, M), "float32")
-                warp_acc = T.sblock_alloc_buffer((SUMS, M, D), "float32")
+                sum_ref = T.sblock_alloc_buffer((SUMS, M), "float32")
+                sum_mass = T.sblock_alloc_buffer((SUMS, M), "float32")
+                sum_acc = T.sblock_alloc_buffer((SUMS, M, D), "float32")
                 find_row(state, slots, vb, ring, split, slot, oldest, count, entries)
                 load_queries(q, vb, first, q_load)
                 for x in range(SUMS):
@@ -128,7 +128,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
                             part_acc[vb, first : first + M, 0:X, 0:D],
                             part_stat[vb, first : first + M, 0:X, 0:2],
                         )
-                        T.writes(warp_ref[vx, 0:M], warp_sum[vx, 0:M], warp_acc[vx, 0:M, 0:D])
+                        T.writes(sum_ref[vx, 0:M], sum_mass[vx, 0:M], sum_acc[vx, 0:M, 0:D])
                         ref = T.sblock_alloc_buffer((LANES, 2), "float32")
                         total = T.sblock_alloc_buffer((LANES, 2), "float32")
                         acc = T.sblock_alloc_buffer((LANES, PRODUCTS * 4), "float32")
@@ -178,22 +178,20 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
                                 ref[0:LANES, 0:2], total[0:LANES, 0:2],
                                 acc[0:LANES, 0 : PRODUCTS * 4],
                             )  # fmt: skip
-                            T.writes(warp_ref[vx, 0:M], warp_sum[vx, 0:M], warp_acc[vx, 0:M, 0:D])
+                            T.writes(sum_ref[vx, 0:M], sum_mass[vx, 0:M], sum_acc[vx, 0:M, 0:D])
                             totals = T.sblock_alloc_buffer((LANES, 2), "float32")
                             sum_up(total, totals)
-                            store_stat(ref, totals, vx, warp_ref, warp_sum)
-                            store_sums(lambda t, lane, e: acc[lane, t * 4 + e], vx, warp_acc)
+                            store_stat(ref, totals, vx, sum_ref, sum_mass)
+                            store_sums(lambda t, lane, e: acc[lane, t * 4 + e], vx, sum_acc)
                 with T.sblock("finish"):  # an output has one writer
-                    T.reads(
-                        warp_ref[0:SUMS, 0:M], warp_sum[0:SUMS, 0:M], warp_acc[0:SUMS, 0:M, 0:D]
-                    )
+                    T.reads(sum_ref[0:SUMS, 0:M], sum_mass[0:SUMS, 0:M], sum_acc[0:SUMS, 0:M, 0:D])
                     T.writes(out[vb, first : first + M, 0:D], lse[vb, first : first + M])
                     with T.sblock("few"):
                         T.where(T.tvm_thread_invariant(few))
-                        finish_few(warp_ref, warp_sum, warp_acc, vb, first, out, lse)
+                        finish_few(sum_ref, sum_mass, sum_acc, vb, first, out, lse)
                     with T.sblock("all"):
                         T.where(T.tvm_thread_invariant(T.Not(few)))
-                        finish_all(warp_ref, warp_sum, warp_acc, vb, first, out, lse)
+                        finish_all(sum_ref, sum_mass, sum_acc, vb, first, out, lse)
 
     return combine_window
 
@@ -206,14 +204,14 @@ def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
         return found if sums == SUMS else found + T.exp2(T.min_value("float32") - top)
 
     @T.macro
-    def finish(warp_ref, warp_sum, warp_acc, row, first, out, lse):
+    def finish(sum_ref, sum_mass, sum_acc, row, first, out, lse):
         for m, d in T.grid(M, D):
             with T.sblock(f"out{suffix}"):
                 vm, vd = T.axis.remap("SS", [m, d])
-                top = T.meta_var(highest(sums, warp_ref, vm))
-                mass = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_sum[x, vm]))
+                top = T.meta_var(highest(sums, sum_ref, vm))
+                mass = T.meta_var(joined(sums, sum_ref, top, vm, lambda x: sum_mass[x, vm]))
                 found = T.meta_var(
-                    with_others(joined(sums, warp_ref, top, vm, lambda x: warp_acc[x, vm, vd]), top)
+                    with_others(joined(sums, sum_ref, top, vm, lambda x: sum_acc[x, vm, vd]), top)
                 )
                 out[row, first + vm, vd] = T.Cast(
                     dtype, T.Select(mass == T.float32(0), T.float32(0), found / mass)
@@ -221,8 +219,8 @@ def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
         for m in range(M):
             with T.sblock(f"lse{suffix}"):
                 vm = T.axis.spatial(M, m)
-                top = T.meta_var(highest(sums, warp_ref, vm))
-                mass = T.meta_var(joined(sums, warp_ref, top, vm, lambda x: warp_sum[x, vm]))
+                top = T.meta_var(highest(sums, sum_ref, vm))
+                mass = T.meta_var(joined(sums, sum_ref, top, vm, lambda x: sum_mass[x, vm]))
                 lse[row, first + vm] = (top + T.log2(mass)) * T.float32(math.log(2))
 
     return finish

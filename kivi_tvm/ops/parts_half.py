@@ -9,11 +9,11 @@ from tvm.script import tirx as T
 from kivi_tvm.ops.fragments import LANES, QUERIES, FullTile
 from kivi_tvm.ops.softmax_half import add
 
-PARTS = 2  # that a warp loads at once
+PARTS = 2  # that are loaded at once
 
 
-def part_blocks(tile: FullTile, M: int, warps: int):
-    """Fold every so many-th partial result into the state of a warp, as if it were a token.
+def part_blocks(tile: FullTile, M: int, sums: int):
+    """Fold every so many-th partial result into a sum, as if it were a token.
 
     Its weight is its sum, its value its accumulator:
 
@@ -25,16 +25,16 @@ def part_blocks(tile: FullTile, M: int, warps: int):
         """What there is combined with something of every part that is loaded at once."""
         return reduce(combine, map(of_part, range(N)), first)
 
-    def place(turn, number, warp, lane, e):
-        """The partial result that a warp takes, and the query of a lane."""
-        return (turn * N + number) * warps + warp, lane % 4 * 2 + e
+    def place(turn, number, own, lane, e):
+        """The partial result that goes into sum `own`, and the query of a lane."""
+        return (turn * N + number) * sums + own, lane % 4 * 2 + e
 
     @T.macro
-    def fold(part_acc, part_stat, row, first, entries, warp, ref, total, acc):
+    def fold(part_acc, part_stat, row, first, entries, own, ref, total, acc):
         X = T.meta_var(part_acc.shape[2])
-        for c in T.serial(T.max(0, T.ceildiv(T.ceildiv(entries[0] - warp, warps), N))):
+        for c in T.serial(T.max(0, T.ceildiv(T.ceildiv(entries[0] - own, sums), N))):
             with T.sblock("parts"):
-                vc = T.axis.opaque(T.ceildiv(X, warps * N), c)
+                vc = T.axis.opaque(T.ceildiv(X, sums * N), c)
                 T.reads(
                     part_acc[row, first : first + M, 0:X, 0:D],
                     part_stat[row, first : first + M, 0:X, 0:2],
@@ -55,7 +55,7 @@ def part_blocks(tile: FullTile, M: int, warps: int):
                 for n, e, y, lane, o in T.grid(N, 2, BLOCKS, LANES, APART):
                     with T.sblock("near"):
                         vn, ve, vy, vl, vo = T.axis.remap("SSSSS", [n, e, y, lane, o])
-                        entry, query = T.meta_var(place(vc, vn, warp, vl, ve))
+                        entry, query = T.meta_var(place(vc, vn, own, vl, ve))
                         near[vl, vn, ve, vy, vo] = T.if_then_else(
                             T.And(entry < entries[0], query < M),
                             part_acc[
@@ -66,7 +66,7 @@ def part_blocks(tile: FullTile, M: int, warps: int):
                 for n, e, lane in T.grid(N, 2, LANES):
                     with T.sblock("level"):
                         vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
-                        entry, query = T.meta_var(place(vc, vn, warp, vl, ve))
+                        entry, query = T.meta_var(place(vc, vn, own, vl, ve))
                         level[vl, vn, ve] = T.if_then_else(
                             T.And(entry < entries[0], query < M),
                             part_stat[row, first + query, entry, 0],
@@ -76,7 +76,7 @@ def part_blocks(tile: FullTile, M: int, warps: int):
                 for n, e, lane in T.grid(N, 2, LANES):
                     with T.sblock("part_mass"):
                         vn, ve, vl = T.axis.remap("SSS", [n, e, lane])
-                        entry, query = T.meta_var(place(vc, vn, warp, vl, ve))
+                        entry, query = T.meta_var(place(vc, vn, own, vl, ve))
                         mass[vl, vn, ve] = T.if_then_else(
                             T.And(T.And(entry < entries[0], query < M), vl // 4 == 0),
                             part_stat[row, first + query, entry, 1],
