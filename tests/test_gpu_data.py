@@ -129,3 +129,7 @@ def test_the_readme_says_the_same(records, models):
         read(CHECKS)[0]["tests"],
     )
     assert [float(x) for x in said.groups()] == pytest.approx(expected, rel=0.04)
+    said = re.search(r"256 sequences of 330 tokens.*? are ([\d.]+) to ([\d.]+) times", text)
+    short = [each["speedup"] for each in records if each["batch"] == 256]
+    expected = min(short), max(short)
+    assert [float(x) for x in said.groups()] == pytest.approx(expected, rel=0.04)

@@ -43,16 +43,19 @@ OPS: dict[str, Operator] = {
     "quantize_value": quantize_value,
 }
 
-NOT_AS_THEY_ARE = "attend_new", "combine_batch", "combine_window"
-# Every function of a compiled module: its operator, and whether it takes the queries of several
+# Functions of modules for GPUs alone, and of those in mode "half", for large batches; as below.
+GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
+BATCH_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
+# Every function of any compiled module: its operator, and whether it takes the queries of several
 # new tokens (`KernelKey.extend_rows`) instead of one.
 FUNCTIONS: dict[str, tuple[str, bool]] = {
-    **{name: (name, False) for name in OPS if name not in NOT_AS_THEY_ARE},
+    **{
+        name: (name, False)
+        for name in OPS
+        if name not in ("attend_new", *GPU_FUNCTIONS, *BATCH_FUNCTIONS)
+    },
     "extend_attend": ("attend", True),
     "extend_window": ("attend_window", True),
     "extend_new": ("attend_new", True),
 }
-# Further ones of modules for GPUs, and of those in mode "half", for large batches.
-GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
-BATCH_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
 ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS | BATCH_FUNCTIONS

@@ -37,7 +37,6 @@ from kivi_tvm.ops.waits import wait_block
 
 SUMS = 8  # of the window's tiles, and of partial results
 FEW = 2  # of them, if all windows and rows are so short that nothing goes into the others
-FEW_SUFFIX, ALL_SUFFIX = "_of_few", "_of_all"  # of blocks
 
 
 def combine_window_half(key: KernelKey, row_tile: int | None = None):
@@ -58,8 +57,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
     store_stat, store_sums = warp_stat_block(M), warp_acc_block(tile, M)
     fold_parts = part_blocks(tile, M, SUMS)
     attended = wait_block("attended")
-    finish_few = finish_blocks(M, D, dtype, FEW, FEW_SUFFIX)
-    finish_all = finish_blocks(M, D, dtype, SUMS, ALL_SUFFIX)
+    finish_few, finish_all = (finish_blocks(M, D, dtype, sums) for sums in (FEW, SUMS))
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -196,8 +194,8 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
     return combine_window
 
 
-def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
-    """The output and log-sum-exp of `M` queries from so many sums."""
+def finish_blocks(M: int, D: int, dtype: str, sums: int):
+    """The output and log-sum-exp of `M` queries from so many sums; blocks `out_of_8` and so on."""
 
     def with_others(found, top):
         """What the sums that are left out have is a zero, which makes a negative one positive."""
@@ -206,7 +204,7 @@ def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
     @T.macro
     def finish(sum_ref, sum_mass, sum_acc, row, first, out, lse):
         for m, d in T.grid(M, D):
-            with T.sblock(f"out{suffix}"):
+            with T.sblock(f"out_of_{sums}"):
                 vm, vd = T.axis.remap("SS", [m, d])
                 top = T.meta_var(highest(sums, sum_ref, vm))
                 mass = T.meta_var(joined(sums, sum_ref, top, vm, lambda x: sum_mass[x, vm]))
@@ -217,7 +215,7 @@ def finish_blocks(M: int, D: int, dtype: str, sums: int, suffix: str):
                     dtype, T.Select(mass == T.float32(0), T.float32(0), found / mass)
                 )
         for m in range(M):
-            with T.sblock(f"lse{suffix}"):
+            with T.sblock(f"lse_of_{sums}"):
                 vm = T.axis.spatial(M, m)
                 top = T.meta_var(highest(sums, sum_ref, vm))
                 mass = T.meta_var(joined(sums, sum_ref, top, vm, lambda x: sum_mass[x, vm]))

@@ -8,7 +8,7 @@ from tvm import DataType
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.ops.combine_window_half import ALL_SUFFIX, FEW_SUFFIX, SUMS
+from kivi_tvm.ops.combine_window_half import FEW, SUMS
 from kivi_tvm.ops.fragments import QUERIES, FullTile
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE
@@ -90,7 +90,7 @@ def combine_window_half(sch: Schedule, hardware: Hardware, warps: tuple[int, ...
     # 3. a warp computes every so many-th sum; they are joined through shared memory
     _, warp = sch.split(sch.get_loops(sch.get_sblock("partial"))[-1], [None, group.warps])
     sch.bind(warp, "threadIdx.y")
-    for name, suffix in product(("out", "lse"), (FEW_SUFFIX, ALL_SUFFIX)):
-        over_threads(sch, sch.get_sblock(name + suffix), group)
+    for name, sums in product(("out", "lse"), (FEW, SUMS)):
+        over_threads(sch, sch.get_sblock(f"{name}_of_{sums}"), group)
     share(sch, SCOPE)
     over_groups(sch, sch.get_sblock("head"))

@@ -45,7 +45,7 @@ def test_the_same_bits(cfg, request):
         compare(kernels, cfg, lengths, rollback=(0, 32))
 
 
-@pytest.mark.parametrize("cfg", [*SHORT_WINDOWS[:2]], ids=config_id)
+@pytest.mark.parametrize("cfg", SHORT_WINDOWS[:2], ids=config_id)
 def test_short_windows_and_rows_use_few_sums(cfg, request):
     """And give the bits that they give beside longer rows."""
     kernels, R, split = library(cfg, request), cfg.R, cfg.kernel_key().split_tokens

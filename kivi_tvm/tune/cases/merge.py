@@ -24,7 +24,7 @@ from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
-BATCH_HEADS = 1024  # KV heads of all rows: more than four for each multiprocessor of large GPUs
+TIMED_HEADS = 1024  # KV heads of all rows of `combine_batch`: more than four a multiprocessor
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
 
@@ -43,7 +43,7 @@ def combine(task: Task) -> Case:
 def combine_batch(task: Task) -> Case:
     """`combine_batch`: the same, timed on so many rows that it is called for them."""
     rows = list(task.workload.row_lengths)
-    return combine_window(task, rows * -(-BATCH_HEADS // (len(rows) * task.workload.cfg.H_kv)))
+    return combine_window(task, rows * -(-TIMED_HEADS // (len(rows) * task.workload.cfg.H_kv)))
 
 
 def combine_window(task: Task, lengths: list[int] | None = None) -> Case:
