@@ -18,7 +18,7 @@ WORD_BITS = 32
 PACK_ORDERS = ("plain", "bytes", "fragment")
 PACK_ORDER_OF = {"float": "plain", "half": "fragment", "int8x2": "bytes", "int8": "bytes"}
 MIN_PAGE_SIZE = 32
-HALF_PAGE_UNIT = 64  # of pages in mode "half", whose warps take so many tokens at once
+TILE_TOKENS = 64  # that a warp takes at once in mode "half"
 PAGE_SIZE = 128
 CHUNK_TOKENS = 256
 SPLIT_TOKENS = 1024
@@ -82,7 +82,8 @@ class KernelKey:
         so that partial results stay small beside the cache.
         """
         tokens = SPLIT_TOKENS * self.rows_per_query
-        return self.chunk_tokens * max(1, tokens // self.chunk_tokens)
+        found = self.chunk_tokens * max(1, tokens // self.chunk_tokens)
+        return found // TILE_TOKENS * TILE_TOKENS if self.compute == "half" else found
 
     @property
     def slug(self) -> str:
@@ -122,10 +123,9 @@ class KiviConfig:
         about 3e-2, also with outlier channels and a peaked softmax), for at most 4 bits, and slower
         than "float" where the processor has no dot product of bytes; on tensor cores "half" (the
         other operand as float16: at most 3e-3; in the window probabilities as `dtype`), for caches
-        in 16 bits with pages of a multiple of 64 tokens. "auto" is the fastest one whose error is
-        at most a tenth of what quantization itself brings on such data: "int8" with keys or values
-        of 2 bits, "int8x2" with 4, "half" where there are tensor cores, "float" for float32 caches.
-        The manifest names the mode.
+        in 16 bits. "auto" is the fastest one whose error is at most a tenth of what quantization
+        itself brings on such data: "int8" with keys or values of 2 bits, "int8x2" with 4, "half"
+        where there are tensor cores, "float" for float32 caches. The manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None
@@ -205,14 +205,8 @@ class KiviConfig:
                         f"`{name}` must be at most {MAX_INTEGER_BITS} with "
                         f"compute={self.compute!r}, got {bits}"
                     )
-        if self.compute == "half":
-            if self.dtype == "float32":
-                found.append("`dtype` must be 'float16' or 'bfloat16' with compute='half'")
-            if self.page_size is not None and self.page_size % HALF_PAGE_UNIT:
-                found.append(
-                    f"`page_size` must be a multiple of {HALF_PAGE_UNIT} with compute='half', "
-                    f"got {self.page_size}"
-                )
+        if self.compute == "half" and self.dtype == "float32":
+            found.append("`dtype` must be 'float16' or 'bfloat16' with compute='half'")
         return found + self._divisibility_problems()
 
     def _divisibility_problems(self) -> list[str]:
@@ -286,7 +280,7 @@ class KiviConfig:
             return self.compute
         if self.dtype == "float32":
             return "float"
-        if tensor_cores and self.P % HALF_PAGE_UNIT == 0:
+        if tensor_cores:
             return "half"
         if not byte_dot or max(self.key_bits, self.value_bits) > MAX_INTEGER_BITS:
             return "float"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kivi_tvm.config import HALF_PAGE_UNIT, PACK_ORDERS, WORD_BITS, KernelKey, KiviConfig
+from kivi_tvm.config import PACK_ORDERS, TILE_TOKENS, WORD_BITS, KernelKey, KiviConfig
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4}
 STATE_FIELDS = ("length", "packed_keys", "packed_values", "reserved")
@@ -37,7 +37,8 @@ class PackOrder:
     of every four goes into the first word, the next one into the second. Half of each run is in the
     low half of its word, so that two codes at one place of both halves are `run / 2` elements
     apart: a pair that one lane holds as an operand of `mma` (`ops/fragments.py`). With runs as long
-    as words this is order "plain".
+    as words this is order "plain". In spans that are an odd number of times `2 W` elements, two
+    words share these: the first has the first two runs of every four.
     """
 
     name: str
@@ -58,7 +59,9 @@ class PackOrder:
         if self.name == "plain":
             return element // self.codes_per_word
         if self.name == "fragment":
-            return element // (4 * self.codes_per_word) * 4 + element // self.run % 4
+            share, run = self.words_together, element // self.run % 4
+            word = run if share == 4 else run // 2
+            return element // (share * self.codes_per_word) * share + word
         inside = element % self.span % self._quarter // self._places
         return element // self.span * self._words + inside
 
@@ -68,7 +71,9 @@ class PackOrder:
             return element % self.codes_per_word
         if self.name == "fragment":
             half, place = element % self.run // self._pairs, element % self._pairs
-            runs = element % (4 * self.codes_per_word) // (4 * self.run)
+            runs = element % (self.words_together * self.codes_per_word) // (4 * self.run)
+            if self.words_together == 2:
+                runs = element // self.run % 2 * self._runs + runs
             return half * (self.codes_per_word // 2) + runs * self._pairs + place
         byte = element % self.span // self._quarter
         return byte * self._places + element % self._places
@@ -80,7 +85,10 @@ class PackOrder:
         if self.name == "fragment":
             half, inside = slot // (self.codes_per_word // 2), slot % (self.codes_per_word // 2)
             runs, place = inside // self._pairs, inside % self._pairs
-            first = word // 4 * 4 * self.codes_per_word + (runs * 4 + word % 4) * self.run
+            share, of_four = self.words_together, word % self.words_together
+            if share == 2:
+                runs, of_four = runs % self._runs, of_four * 2 + runs // self._runs
+            first = word // share * share * self.codes_per_word + (runs * 4 + of_four) * self.run
             return first + half * self._pairs + place
         byte, place = slot // self._places, slot % self._places
         first = word // self._words * self.span + word % self._words * self._places
@@ -91,9 +99,20 @@ class PackOrder:
         return slot * self.bits
 
     @property
+    def words_together(self) -> int:
+        """Words that share their elements in order "fragment"."""
+        whole = self.span % (4 * self.codes_per_word) == 0
+        return 4 if whole or self.run == self.codes_per_word else 2
+
+    @property
     def _pairs(self) -> int:
         """Half a run."""
         return self.run // 2
+
+    @property
+    def _runs(self) -> int:
+        """Runs of one of every four in a word that has them of two."""
+        return self.codes_per_word // (2 * self.run)
 
     @property
     def _places(self) -> int:
@@ -257,7 +276,7 @@ def _short_rows(key: KernelKey, most: Any) -> list[tuple[Any, Any]]:
     """Rows of how many packed tokens have other parts than `most`, and those parts, by length."""
     if key.compute != "half":
         return []
-    half, quarter = (most // n // HALF_PAGE_UNIT * HALF_PAGE_UNIT for n in (2, 4))
+    half, quarter = (most // n // TILE_TOKENS * TILE_TOKENS for n in (2, 4))
     shorter = [(SHORT_SPLITS * part, part) for part in (quarter, half)]
     return [(most // 2, most), *shorter]
 

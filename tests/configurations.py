@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -14,7 +13,6 @@ from kivi_tvm.config import (
     BITS,
     DTYPES,
     GROUP_SIZES,
-    HALF_PAGE_UNIT,
     HEAD_DIMS,
     MIN_PAGE_SIZE,
     KiviConfig,
@@ -129,12 +127,8 @@ CONFIGS = [config(point) for point in POINTS]
 # What properties of the cache, not of the kernels, are tested on: one of each dtype.
 FEW = [config(POINTS[i]) for i in (2, 4, 15)]
 
-# The same in mode "half": for GPUs with tensor cores, whose pages are larger.
-HALF = [
-    replace(cfg, compute="half", page_size=math.lcm(cfg.P, HALF_PAGE_UNIT))
-    for cfg in CONFIGS
-    if cfg.dtype != "float32"
-]
+# The same in mode "half": for GPUs with tensor cores.
+HALF = [replace(cfg, compute="half") for cfg in CONFIGS if cfg.dtype != "float32"]
 
 
 def config_id(cfg: KiviConfig) -> str:

@@ -7,7 +7,7 @@ import pytest
 from configurations import CONFIGS, HALF, config_id
 
 from kivi_tvm import KiviConfig
-from kivi_tvm.config import BITS, HALF_PAGE_UNIT, PACK_ORDERS
+from kivi_tvm.config import BITS, PACK_ORDERS, TILE_TOKENS
 from kivi_tvm.layout import (
     num_pages,
     pack_order,
@@ -127,24 +127,37 @@ def test_order_by_fragments():
         assert (whole.word(i), whole.slot(i)) == (plain.word(i), plain.slot(i))
 
 
+def test_order_by_fragments_of_half_a_tile():
+    """Two words share 32 tokens: each has two of every four runs, byte by byte of its halves."""
+    order = pack_order("fragment", 2, 32, run=8)
+    assert [order.element(1, slot) for slot in range(16)] == [
+        16, 17, 18, 19, 24, 25, 26, 27, 20, 21, 22, 23, 28, 29, 30, 31,
+    ]  # fmt: skip
+    assert order.element(2, 0) == 32
+    shorter = pack_order("fragment", 2, 96, run=4)
+    assert [shorter.element(0, slot) for slot in range(8)] == [0, 1, 16, 17, 4, 5, 20, 21]
+
+
+@pytest.mark.parametrize("span", [32, 96, 128])
 @pytest.mark.parametrize("run", [2, 4, 8])
 @pytest.mark.parametrize("bits", BITS)
-def test_fragments_are_a_bijection(bits, run):
+def test_fragments_are_a_bijection(bits, run, span):
     if run > 32 // bits:
         run = 32 // bits
-    order = pack_order("fragment", bits, 128, run)
-    places = {(order.word(i), order.slot(i)) for i in range(256)}
-    assert len(places) == 256 and max(places)[0] == 256 * bits // 32 - 1
-    for i in range(256):
+    order = pack_order("fragment", bits, span, run)
+    places = {(order.word(i), order.slot(i)) for i in range(2 * span)}
+    assert len(places) == 2 * span and max(places)[0] == 2 * span * bits // 32 - 1
+    for i in range(2 * span):
         assert order.element(order.word(i), order.slot(i)) == i
 
 
+@pytest.mark.parametrize("span", [32, 64])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", PACK_ORDERS)
-def test_the_first_token_of_a_word_is_in_its_first_slot(name, bits):
+def test_the_first_token_of_a_word_is_in_its_first_slot(name, bits, span):
     """`append` clears a word when that one comes."""
-    order = pack_order(name, bits, 64)
-    for word in range(2 * bits):
+    order = pack_order(name, bits, span, 4 if name == "fragment" else 0)
+    for word in range(span * bits // 32):
         tokens = [order.element(word, slot) for slot in range(order.codes_per_word)]
         assert min(tokens) == tokens[0]
 
@@ -167,7 +180,7 @@ def test_short_rows_have_short_parts_in_mode_half(page_size, sizes):
     assert set(parts[: alone + 1]) == {key.split_tokens}
     longer = parts[alone + 1 :]
     assert sorted(set(longer)) == list(sizes) and longer == sorted(longer)
-    assert all(part % HALF_PAGE_UNIT == 0 for part in sizes)
+    assert all(part % TILE_TOKENS == 0 for part in sizes)
     plain = replace(key, compute="float")
     assert split_tokens(plain, 5, plain.split_tokens) == plain.split_tokens
 

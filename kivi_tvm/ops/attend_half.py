@@ -34,6 +34,7 @@ from kivi_tvm.ops.staged_tile import (
     arrive_block,
     clear_tail_block,
     copy_tile_blocks,
+    pages_block,
     staged_arrays,
 )
 from kivi_tvm.ops.waits import wait_block
@@ -55,11 +56,14 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     G_k, G_v = key.key_group_size, key.value_group_size
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
     SPLIT, N_k, N_v = key.split_tokens, P // G_k, D // G_v
-    SPANS, PAIRS = tile.key_spans, tile.key_pairs
+    SPANS, PAIRS, PIECES = tile.key_spans, tile.key_pairs, tile.pieces
     STATES = M if WARPS * M > 1 else 2  # TVM fails to place a buffer of one element
     X, PRODUCTS = tile.matrices, tile.value_rows
     K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
     copy_first, copy_last, copy_next = (copy_tile_blocks(key, x) for x in (FIRST, LAST, NEXT))
+    first_pages, second_pages, next_pages = (
+        pages_block(f"{x}_page", key) for x in ("first", "second", "next")
+    )
     load_queries, queries = query_load_block(D, M, SPANS, W_k), query_blocks(key, M)
     start, find_lift = start_half_blocks(PRODUCTS), lift_blocks(key)
     start_zeros, bring_zeros = zero_acc_blocks()
@@ -198,37 +202,33 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                             turns = T.meta_var(
                                 T.max(0, T.ceildiv(T.ceildiv(inside[0], TOKENS) - vw, WARPS))
                             )
-                            first_page = T.sblock_alloc_buffer((1,), "int32")
-                            next_page = T.sblock_alloc_buffer((1,), "int32")
-                            with T.sblock("first_page"):
-                                T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
-                                T.writes(first_page[0])
-                                first_page[0] = T.if_then_else(
-                                    turns > 0, page_table[slot[0], (first + vw * TOKENS) // P], 0
-                                )
+                            first_page = T.sblock_alloc_buffer((PIECES,), "int32")
+                            next_page = T.sblock_alloc_buffer((PIECES,), "int32")
+                            own = T.meta_var(first + vw * TOKENS)
+                            second = T.meta_var(first + (WARPS + vw) * TOKENS)
+                            left_of = T.meta_var(lambda token: inside[0] + first - token)
+                            first_pages(
+                                turns > 0, (inside[0], first_tile[0]), page_table, slot, own,
+                                left_of(own), first_page,
+                            )  # fmt: skip
                             # of a row's packed tokens `append` writes the last one's value
                             at_last = T.meta_var(packed[0] <= first + (vw + 1) * TOKENS)
-                            at = T.meta_var((first + vw * TOKENS) % P)
                             known = T.meta_var((inside[0], first_tile[0], packed[0]))
                             copy_first(
-                                T.And(turns > 0, T.Not(at_last)), (*known, first_page[0]),
-                                stored, first_page[0], head, at, tile_places, vw, 0,
+                                T.And(turns > 0, T.Not(at_last)), known, stored, first_page, head,
+                                own, tile_places, vw, 0,
                             )  # fmt: skip
-                            with T.sblock("second_page"):
-                                T.reads(page_table[slot[0], 0:pages], inside[0], first_tile[0])
-                                T.writes(next_page[0])
-                                next_page[0] = T.if_then_else(
-                                    turns > 1,
-                                    page_table[slot[0], (first + (WARPS + vw) * TOKENS) // P],
-                                    0,
-                                )
+                            second_pages(
+                                turns > 1, (inside[0], first_tile[0]), page_table, slot, second,
+                                left_of(second), next_page,
+                            )  # fmt: skip
                             queries(q_load, scale, q_pair, gain)
                             start(ref, total, acc)
                             start_zeros(zero_acc)
                             appended()  # nothing before this reads what `append` writes
                             copy_last(
-                                T.And(turns > 0, at_last), (*known, first_page[0]),
-                                stored, first_page[0], head, at, tile_places, vw, 0,
+                                T.And(turns > 0, at_last), known, stored, first_page, head, own,
+                                tile_places, vw, 0,
                             )  # fmt: skip
                             for c in T.serial(turns):
                                 with T.sblock("tile"):
@@ -245,7 +245,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     # Declared as written only: an update in place is not scheduled.
                                     T.writes(
                                         *regions(tile_places, vw),
-                                        next_page[0],
+                                        *regions((next_page,)),
                                         ref[0:LANES, 0:2],
                                         total[0:LANES, 0:2],
                                         acc[0:LANES, 0 : PRODUCTS * 4],
@@ -268,20 +268,14 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                         no_zero(v_zero_tile, vw, place, left)
                                         cleared()
                                     copy_next(
-                                        vc + 1 < turns, (*known, next_page[0]), stored,
-                                        next_page[0], head, after % P, tile_places, vw,
-                                        (vc + 1) % PLACES,
+                                        vc + 1 < turns, known, stored, next_page, head, after,
+                                        tile_places, vw, (vc + 1) % PLACES,
                                     )  # fmt: skip
-                                    with T.sblock("next_page"):
-                                        T.reads(
-                                            page_table[slot[0], 0:pages], inside[0], first_tile[0]
-                                        )
-                                        T.writes(next_page[0])
-                                        next_page[0] = T.if_then_else(
-                                            vc + 2 < turns,
-                                            page_table[slot[0], (after + WARPS * TOKENS) // P],
-                                            0,
-                                        )
+                                    later = T.meta_var(after + WARPS * TOKENS)
+                                    next_pages(
+                                        vc + 2 < turns, (inside[0], first_tile[0]), page_table,
+                                        slot, later, left_of(later), next_page,
+                                    )  # fmt: skip
                                     scores(
                                         q_pair, gain, k_code_tile, k_scale_tile, k_zero_tile, vw,
                                         place, left, score,

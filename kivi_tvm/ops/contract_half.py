@@ -15,7 +15,9 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
+from kivi_tvm.layout import value_order
 from kivi_tvm.ops.fragments import (
+    BYTE_BITS,
     CODE_UNIT,
     DEPTH,
     LANES,
@@ -193,6 +195,55 @@ def score_blocks(key: KernelKey):
     return scores
 
 
+def value_word_blocks(key: KernelKey):
+    """`words [lane, unit, block, channel]`: the codes of a tile's values that a lane takes.
+
+    Where a unit's tokens are pieces of two pages, two words of each have those of all lanes: a lane
+    takes a byte of every half word of one of both.
+    """
+    tile, BLOCKS, CHANNELS = HalfTile(key), HalfTile(key).value_blocks, HalfTile(key).channels_apart
+    *_, codes, _, _ = staged_arrays(key)
+    share = value_order(key).words_together
+
+    def of_lane(first, second, odd):
+        shift, mask = T.Cast("uint32", odd * BYTE_BITS), T.uint32(0x00FF00FF)
+        low, high = (T.shift_right(x, shift) & mask for x in (first, second))
+        return low | T.shift_left(high, T.uint32(BYTE_BITS))
+
+    def load_block(count, word):
+        @T.macro
+        def load(v_code, warp, place, words):
+            for u, y, lane, o in T.grid(count, BLOCKS, LANES, CHANNELS):
+                with T.sblock("value_word"):
+                    vu, vy, vl, vo = T.axis.remap("SSSS", [u, y, lane, o])
+                    words[vl, vu, vy, vo] = v_code[
+                        warp,
+                        place,
+                        (vu * share + word(vl % 4)) * codes.stride
+                        + (vy * QUERIES + vl // 4) * CHANNELS
+                        + vo,
+                    ]
+
+        return load
+
+    if share == 4:
+        return load_block(tile.units, lambda c: c)
+    load_halves = load_block(2 * tile.units, lambda c: c // 2)
+
+    @T.macro
+    def load(v_code, warp, place, words):
+        halves = T.sblock_alloc_buffer((LANES, 2 * tile.units, BLOCKS, CHANNELS), "uint32")
+        load_halves(v_code, warp, place, halves)
+        for u, y, lane, o in T.grid(tile.units, BLOCKS, LANES, CHANNELS):
+            with T.sblock("value_halves"):
+                vu, vy, vl, vo = T.axis.remap("SSSS", [u, y, lane, o])
+                words[vl, vu, vy, vo] = of_lane(
+                    halves[vl, 2 * vu, vy, vo], halves[vl, 2 * vu + 1, vy, vo], vl % 2
+                )
+
+    return load
+
+
 def output_blocks(key: KernelKey):
     """`acc += sum_t (p_t s_t) code_t`, `zero_acc += sum_t p_t z_t` over a tile's tokens.
 
@@ -207,7 +258,8 @@ def output_blocks(key: KernelKey):
     GROUP_ROWS, OF_GROUP = -(-GROUPS // QUERIES), PRODUCTS // GROUPS
     UNIT = tile.unit_tokens // QUERIES  # matrices
     out_zero_mma, out_mma = mma_block("out_zero"), mma_block("out")
-    *_, codes, of_token, _ = staged_arrays(key)
+    load_words = value_word_blocks(key)
+    *_, of_token, _ = staged_arrays(key)
 
     def shift(matrix):
         """Where a matrix's pair of codes is in a byte."""
@@ -217,14 +269,7 @@ def output_blocks(key: KernelKey):
     @T.macro
     def outputs(prob_pair, v_code, v_scale, v_zero, warp, place, acc, zero_acc):
         words = T.sblock_alloc_buffer((LANES, tile.units, BLOCKS, CHANNELS), "uint32")
-        for u, y, lane, o in T.grid(tile.units, BLOCKS, LANES, CHANNELS):
-            with T.sblock("value_word"):
-                vu, vy, vl, vo = T.axis.remap("SSSS", [u, y, lane, o])
-                words[vl, vu, vy, vo] = v_code[
-                    warp,
-                    place,
-                    (vu * 4 + vl % 4) * codes.stride + (vy * QUERIES + vl // 4) * CHANNELS + vo,
-                ]
+        load_words(v_code, warp, place, words)
         for section in range(SECTIONS):
             with T.sblock("value_section"):
                 vc = T.axis.reduce(SECTIONS, section)

@@ -20,13 +20,13 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from kivi_tvm.config import KernelKey
+from kivi_tvm.config import TILE_TOKENS, KernelKey
 
 LANES = 32
 QUERIES = 8  # columns of B and C
 ROWS, DEPTH = 16, 16  # of A
 PAIR_BITS = 16
-TOKENS = 64  # of a tile
+TOKENS = TILE_TOKENS
 BYTE_BITS = 8
 SPAN = 32  # channels of keys that four lanes load 16 bytes each of
 
@@ -90,6 +90,11 @@ class HalfTile(OutputRows):
     @property
     def sections(self) -> int:
         return TOKENS // self.section_tokens
+
+    @property
+    def pieces(self) -> int:
+        """Parts of the tile of which each lies in one page."""
+        return 1 if self.key.page_size % TOKENS == 0 else 2
 
     def token(self, matrix: Any, row: Any) -> Any:
         """The token of the tile that is a row of a matrix."""

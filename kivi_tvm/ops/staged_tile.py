@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import DTYPE_BYTES
-from kivi_tvm.ops.fragments import LANES, TOKENS
+from kivi_tvm.ops.fragments import LANES, TOKENS, HalfTile
 from kivi_tvm.ops.regions import ALL, regions
 
 PLACES = 2
@@ -64,65 +64,103 @@ def staged_bytes(key: KernelKey) -> int:
     return PLACES * sum(array.nbytes for array in staged_arrays(key))
 
 
-def copy_block(name: str, array: StagedArray):
-    """Copy rows from `[page, head, row, column]` on to a place, `LINE_BYTES` per lane and turn."""
-    line = LINE_BYTES // DTYPE_BYTES[array.dtype]
-    of_row = array.columns // line
-    lines = array.rows * of_row
+def copy_block(name: str, key: KernelKey, array: StagedArray, of_row: int = 0, of_column: int = 0):
+    """Copy the rows of one array of a tile to a place, `LINE_BYTES` per lane and turn.
 
-    def source_at(at: Any) -> tuple[Any, Any]:
-        return at // of_row, at % of_row * line
+    A row is of `of_row` tokens, or a column of `of_column`; the other is 0.
+    """
+    P, pieces = key.page_size, HalfTile(key).pieces
+    line = LINE_BYTES // DTYPE_BYTES[array.dtype]
+    of_lines = array.columns // line
+    lines = array.rows * of_lines
+
+    def source_at(at: Any, pages: Any, token: Any) -> tuple[Any, Any, Any]:
+        """Page, row and column of a line of the tile that begins with a token of the row."""
+        down, across = at // of_lines, at % of_lines * line
+        page, inside = pages[0], token % P
+        if pieces > 1:
+            # without a branch: which piece it is differs between lanes
+            size = TOKENS // pieces
+            piece = (down * of_row + across * of_column) // size
+            page += piece * (pages[1] - page)
+            inside += piece * ((token + size) % P - size - inside)
+        return page, inside // of_row + down if of_row else down, inside * of_column + across
 
     def target_at(at: Any) -> Any:
-        return at // of_row * array.stride + at % of_row * line
+        return at // of_lines * array.stride + at % of_lines * line
 
     @T.macro
-    def copy(source, page, head, row, column, target, warp, place):
+    def copy(source, pages, head, token, target, warp, place):
         for n, lane in T.grid(-(-lines // LANES), LANES):
             with T.sblock(name):
                 vn, vl = T.axis.remap("SS", [n, lane])
                 T.where(n * LANES + lane < lines)
-                down, across = T.meta_var(source_at(vn * LANES + vl))
+                page, row, column = T.meta_var(source_at(vn * LANES + vl, pages, token))
                 to = T.meta_var(target_at(vn * LANES + vl))
-                T.reads(source[page, head, row + down, column + across : column + across + line])
+                T.reads(source[page, head, row, column : column + line])
                 T.writes(target[warp, place, to : to + line])
                 for o in range(line):
                     with T.sblock(f"{name}_line"):
                         vo = T.axis.spatial(line, o)
-                        T.reads(source[page, head, row + down, column + across + vo])
+                        T.reads(source[page, head, row, column + vo])
                         T.writes(target[warp, place, to + vo])
-                        target[warp, place, to + vo] = source[
-                            page, head, row + down, column + across + vo
-                        ]
+                        target[warp, place, to + vo] = source[page, head, row, column + vo]
 
     return copy
 
 
 def copy_tile_blocks(key: KernelKey, prefix: str):
-    """Copy all arrays of the tile at token `at` of a page; blocks `prefix_k_code` and so on.
+    """Copy all arrays of the tile that begins with a token; blocks `prefix_k_code` and so on.
 
     The macro takes what is stored and the tiles as two tuples in the order of `staged_arrays`, and
-    whether to copy, with what that and the page are read from.
+    whether to copy, with what that is read from; `pages` are those of the tile's pieces.
     """
-    k_code_rows, k_scale_rows, k_zero_rows, v_code_rows, v_scale_rows, v_zero_rows = (
-        copy_block(f"{prefix}_{array.name}", array) for array in staged_arrays(key)
-    )
     G_k, W_v = key.key_group_size, key.value_codes_per_word
+    k_code, k_scale, k_zero, v_code, v_scale, v_zero = staged_arrays(key)
+    copy_k_code = copy_block(f"{prefix}_k_code", key, k_code, of_column=1)
+    copy_k_scale = copy_block(f"{prefix}_k_scale", key, k_scale, of_row=G_k)
+    copy_k_zero = copy_block(f"{prefix}_k_zero", key, k_zero, of_row=G_k)
+    copy_v_code = copy_block(f"{prefix}_v_code", key, v_code, of_row=W_v)
+    copy_v_scale = copy_block(f"{prefix}_v_scale", key, v_scale, of_column=1)
+    copy_v_zero = copy_block(f"{prefix}_v_zero", key, v_zero, of_column=1)
 
     @T.macro
-    def copy_tile(holds, known, stored, page, head, at, tiles, warp, place):
+    def copy_tile(holds, known, stored, pages, head, token, tiles, warp, place):
         with T.sblock(f"copy_{prefix}"):
             T.where(holds)
-            T.reads(*regions(stored, ALL, head), *known)
+            T.reads(*regions(stored, ALL, head), *known, *regions((pages,)))
             T.writes(*regions(tiles, warp))
-            k_code_rows(stored[0], page, head, 0, at, tiles[0], warp, place)
-            k_scale_rows(stored[1], page, head, at // G_k, 0, tiles[1], warp, place)
-            k_zero_rows(stored[2], page, head, at // G_k, 0, tiles[2], warp, place)
-            v_code_rows(stored[3], page, head, at // W_v, 0, tiles[3], warp, place)
-            v_scale_rows(stored[4], page, head, 0, at, tiles[4], warp, place)
-            v_zero_rows(stored[5], page, head, 0, at, tiles[5], warp, place)
+            copy_k_code(stored[0], pages, head, token, tiles[0], warp, place)
+            copy_k_scale(stored[1], pages, head, token, tiles[1], warp, place)
+            copy_k_zero(stored[2], pages, head, token, tiles[2], warp, place)
+            copy_v_code(stored[3], pages, head, token, tiles[3], warp, place)
+            copy_v_scale(stored[4], pages, head, token, tiles[4], warp, place)
+            copy_v_zero(stored[5], pages, head, token, tiles[5], warp, place)
 
     return copy_tile
+
+
+def pages_block(name: str, key: KernelKey):
+    """The pages of the pieces of a tile, `pages [pieces]`, in a block `name`.
+
+    Of a tile that is not there, and of a piece without tokens, page 0. `left` are the tokens of the
+    split from the tile's first one on.
+    """
+    P, pieces = key.page_size, HalfTile(key).pieces
+    size = TOKENS // pieces
+
+    @T.macro
+    def look_up(holds, known, page_table, slot, token, left, pages):
+        with T.sblock(name):
+            T.reads(page_table[slot[0], 0 : page_table.shape[1]], *known)
+            T.writes(*regions((pages,)))
+            pages[0] = T.if_then_else(holds, page_table[slot[0], token // P], 0)
+            if pieces > 1:
+                pages[1] = T.if_then_else(
+                    T.And(holds, size < left), page_table[slot[0], (token + size) // P], 0
+                )
+
+    return look_up
 
 
 def clear_tail_block(name: str, array: StagedArray):

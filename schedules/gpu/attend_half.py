@@ -14,7 +14,7 @@ from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE, arrive, clear_item, copy_line
 from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.mma import mma, transpose
-from kivi_tvm.schedules.primitives import extent_of
+from kivi_tvm.schedules.primitives import extent_of, has_block
 from kivi_tvm.schedules.threads import (
     WorkGroup,
     by_lane,
@@ -49,6 +49,7 @@ BY_LANE = (
     "prob_fold", "value_code", "sum_of_2", "sum_of_4", "sum_of_8", "warp_stat", "zero_of",
     "warp_acc",
 )  # fmt: skip
+PIECEWISE = ("value_halves",)  # by lane, where a tile's pieces share no words
 PRODUCTS = "q_zero", "dot", "out_zero", "out"
 UNROLLED = (
     "key_span", "key_step", "section", "key_product",
@@ -87,7 +88,7 @@ def attend_half(sch: Schedule, hardware: Hardware) -> None:
         keep_local(sch, name)
     sch.set_scope(sch.get_sblock("q_load"), 0, "warp")
     keep_in_registers(sch, sch.get_sblock("warp"))
-    for name in BY_LANE:
+    for name in (*BY_LANE, *[x for x in PIECEWISE if has_block(sch, x)]):
         block = sch.get_sblock(name)
         by_lane(sch, block, min(LOADS.get(name, 1), extent_of(sch, sch.get_loops(block)[-1])))
     # 2. tiles are copied on their own while the one before is computed with
