@@ -25,7 +25,8 @@ from kivi_tvm.host import find_cxx
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
-from kivi_tvm.ops import BATCH_FUNCTIONS, FUNCTIONS, GPU_FUNCTIONS, OPS
+from kivi_tvm.ops import BATCH_FUNCTIONS, FEW_FUNCTIONS, FUNCTIONS, GPU_FUNCTIONS, OPS
+from kivi_tvm.ops.combine_few import ROWS
 from kivi_tvm.schedules import beginning, bounds, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 from kivi_tvm.schedules.threads import WIDE_HEAD
@@ -67,9 +68,12 @@ def functions(key: KernelKey, target: Target) -> dict[str, tuple[str, bool]]:
     """The functions of a module for a target, as in `FUNCTIONS`."""
     if target.kind.name not in targets.GPU_KINDS:
         return FUNCTIONS
-    # one for batches is of use where registers suffice for few warps
-    batches = key.compute == "half" and key.head_dim <= WIDE_HEAD
-    return FUNCTIONS | GPU_FUNCTIONS | (BATCH_FUNCTIONS if batches else {})
+    found = FUNCTIONS | GPU_FUNCTIONS
+    if key.compute == "half" and key.head_dim <= WIDE_HEAD:  # registers suffice for few warps
+        found |= BATCH_FUNCTIONS
+    if key.compute == "half" and key.queries_per_kv > ROWS:
+        found |= FEW_FUNCTIONS
+    return found
 
 
 class Scheduler:

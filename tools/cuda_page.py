@@ -21,7 +21,7 @@ from kivi_tvm.host import installed_version
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.machine_code import KernelCode
 from kivi_tvm.occupancy import occupancy
-from kivi_tvm.ops import ALL_FUNCTIONS, BATCH_FUNCTIONS
+from kivi_tvm.ops import ALL_FUNCTIONS, BATCH_FUNCTIONS, FEW_FUNCTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
 WITHOUT_TENSOR_CORES = "sm_75"  # of the instructions that compute mode "half" uses
@@ -110,7 +110,7 @@ def kernel_rows() -> list[list[str]]:
     found = kernels(CONFIG, WITHOUT_TENSOR_CORES, ARCHITECTURES[:1])
     found += kernels(CONFIG, "sm_80", ARCHITECTURES[1:])
     cells = {(kernel.name, kernel.architecture): kernel_cell(kernel) for kernel in found}
-    cells |= {(name, WITHOUT_TENSOR_CORES): "-" for name in BATCH_FUNCTIONS}
+    cells |= {(name, WITHOUT_TENSOR_CORES): "-" for name in BATCH_FUNCTIONS | FEW_FUNCTIONS}
     rows = [[f"`{name}`", *(cells[name, each] for each in ARCHITECTURES)] for name in ALL_FUNCTIONS]
     return [["kernel", *ARCHITECTURES], ["-"] * (len(ARCHITECTURES) + 1), *rows]
 

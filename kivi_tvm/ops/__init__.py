@@ -16,6 +16,7 @@ from kivi_tvm.ops.attend_new import attend_new
 from kivi_tvm.ops.attend_window import attend_window
 from kivi_tvm.ops.combine import combine
 from kivi_tvm.ops.combine_batch import combine_batch
+from kivi_tvm.ops.combine_few import combine_few
 from kivi_tvm.ops.combine_window import combine_window
 from kivi_tvm.ops.dequantize_key import dequantize_key
 from kivi_tvm.ops.dequantize_value import dequantize_value
@@ -35,6 +36,7 @@ OPS: dict[str, Operator] = {
     "attend_window": attend_window,
     "combine": combine,
     "combine_batch": combine_batch,
+    "combine_few": combine_few,
     "combine_window": combine_window,
     "dequantize_key": dequantize_key,
     "dequantize_value": dequantize_value,
@@ -43,19 +45,21 @@ OPS: dict[str, Operator] = {
     "quantize_value": quantize_value,
 }
 
-# Functions of modules for GPUs alone, and of those in mode "half", for large batches; as below.
+# Functions of modules for GPUs alone, and of those in mode "half", for large batches and for few
+# rows of several query heads; as below.
 GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
 BATCH_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
+FEW_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_few": ("combine_few", False)}
 # Every function of any compiled module: its operator, and whether it takes the queries of several
 # new tokens (`KernelKey.extend_rows`) instead of one.
 FUNCTIONS: dict[str, tuple[str, bool]] = {
     **{
         name: (name, False)
         for name in OPS
-        if name not in ("attend_new", *GPU_FUNCTIONS, *BATCH_FUNCTIONS)
+        if name not in ("attend_new", *GPU_FUNCTIONS, *BATCH_FUNCTIONS, *FEW_FUNCTIONS)
     },
     "extend_attend": ("attend", True),
     "extend_window": ("attend_window", True),
     "extend_new": ("attend_new", True),
 }
-ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS | BATCH_FUNCTIONS
+ALL_FUNCTIONS = FUNCTIONS | GPU_FUNCTIONS | BATCH_FUNCTIONS | FEW_FUNCTIONS

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from kivi_tvm.runtime.workspace import Workspace
 
 
-# So many KV heads of all rows for each of its multiprocessors fill a GPU: `combine_batch` is faster
-# on them, or as fast. Which of both is called changes no bit.
-BATCH_HEADS = 4
+# What ends a step on a GPU, by the heads of all rows for each of its multiprocessors: with at most
+# so many query heads `combine_few`, from so many KV heads on `combine_batch`, else `combine_window`.
+# The fastest, measured on an H100; which of them it is changes no bit.
+FEW_HEADS, BATCH_HEADS = 4, 4
 # Windows before a step: (name, slots, copy of what they held).
 Saved = Sequence[tuple[str, list[int], Tensor]]
 NOTHING: Saved = ()
@@ -80,11 +81,8 @@ class CacheLayer:
         self._combine_window = None
         if cache.device.type == "cuda":
             # a launch costs more than the window does
-            about = cache.module.manifest
-            fills = B * cache.cfg.H_kv >= BATCH_HEADS * processors(cache.device)
-            batch = fills and "combine_batch" in about["sources"]
-            self._combine_window = cache.kernels["combine_batch" if batch else "combine_window"]
-            self._takes_lines = about["compute"] == "half"
+            self._combine_window = cache.kernels[self._name_of_combine_window()]
+            self._takes_lines = cache.module.manifest["compute"] == "half"
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -96,6 +94,16 @@ class CacheLayer:
             self._sink_args = _frozen(*sinks, rows.sink_state, rows.slots)
             self._extend_sink_args = _frozen(*sinks, rows.sink_state_before, rows.slots)
         self._lse = tvm_ffi.from_dlpack(cache.lse)
+
+    def _name_of_combine_window(self) -> str:
+        """The function that attends to the windows of so many rows fastest."""
+        cache, there = self.cache, self.cache.module.manifest["sources"]
+        rows, places = len(cache.rows), processors(cache.device)
+        if "combine_few" in there and rows * cache.cfg.H <= FEW_HEADS * places:
+            return "combine_few"
+        if "combine_batch" in there and rows * cache.cfg.H_kv >= BATCH_HEADS * places:
+            return "combine_batch"
+        return "combine_window"
 
     def prefill(
         self,

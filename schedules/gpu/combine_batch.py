@@ -12,7 +12,7 @@ from kivi_tvm.targets import Hardware
 
 __all__ = ["beginning", "combine_batch", "min_blocks", "offers"]
 
-WARPS = 1, 2
+WARPS, DEFAULT_WARPS = (1, 2, 4), 2
 
 
 def min_blocks(key: KernelKey) -> int:
@@ -22,4 +22,4 @@ def min_blocks(key: KernelKey) -> int:
 
 def combine_batch(sch: Schedule, hardware: Hardware) -> None:
     """Schedule `combine_batch` for warps."""
-    one_row.combine_window_half(sch, hardware, WARPS)
+    one_row.combine_window_half(sch, hardware, WARPS, DEFAULT_WARPS)

@@ -1,20 +1,22 @@
-"""`combine_batch` gives the bits of `combine_window`, whatever rows there are."""
+"""`combine_batch` and `combine_few` give the bits of `combine_window`, whatever rows there are."""
 
 from dataclasses import replace
 
 import configurations
 import pytest
 from configurations import HALF, config_id
-from emulated_cuda import EmulatedLibrary
+from emulated_cuda import TARGET, EmulatedLibrary
 from ops.test_combine_window import SOME, check
 from pools import assert_same_bits
+
+from kivi_tvm.compile import functions
 
 NARROW = [cfg for cfg in HALF if cfg.D <= 128]
 SHORT_WINDOWS = [replace(cfg, residual_length=32) for cfg in NARROW if cfg.key_group_size <= 32]
 
 
 def library(cfg, request):
-    """Both functions of a configuration."""
+    """The functions of a configuration."""
     kernels = request.config.getoption("--kernels")
     if kernels == "opencl":
         pytest.skip("needs a CPU or tensor cores")
@@ -25,7 +27,8 @@ def compare(kernels, cfg, lengths, **ways):
     """Every function and way gives the same bits; `ways` are arguments of `check` to try."""
     found = [
         check(cfg, lambda _, name=name: kernels[name], lengths, **{way: value})
-        for name in ("combine_batch", "combine_window")
+        for name in ("combine_window", "combine_batch", "combine_few")
+        if name in functions(cfg.kernel_key(), TARGET)
         for way, values in ways.items()
         for value in values
     ]

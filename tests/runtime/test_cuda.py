@@ -113,16 +113,18 @@ def test_a_row_alone_gives_the_bits_of_a_batch(cfg):
 
 
 @pytest.mark.parametrize("cfg", BATCHED, ids=config_id)
-def test_a_batch_that_fills_the_gpu_gives_the_bits_of_a_small_one(cfg):
-    """Other kernels end the step there."""
+@pytest.mark.parametrize(("name", "heads"), [("combine_window", 2), ("combine_batch", BATCH_HEADS)])
+def test_batches_give_the_bits_of_few_rows(name, heads, cfg):
+    """Other kernels end the step of so many KV heads for each multiprocessor."""
     lengths = [2500, 17, cfg.R, 1100, cfg.R + 300]
     cache, inputs = prefilled(cfg, lengths, 2)
-    assert cache.layer(0)._combine_window is cache.kernels["combine_window"]
+    of_few = "combine_few" if cfg.M > 2 else "combine_window"
+    assert cache.layer(0)._combine_window is cache.kernels[of_few]
     few = [decoded(cache, inputs, i) for i in range(2)]
     cache, _ = prefilled(cfg, lengths, 2)
-    times = 1 + BATCH_HEADS * processors(torch.device("cuda")) // (len(lengths) * cfg.H_kv)
+    times = 1 + heads * processors(torch.device("cuda")) // (len(lengths) * cfg.H_kv)
     cache.repeat(times)
-    assert cache.layer(0)._combine_window is cache.kernels["combine_batch"]
+    assert cache.layer(0)._combine_window is cache.kernels[name]
     for i in range(2):
         given = (x[i] for x in (inputs.q, inputs.k_new, inputs.v_new))
         step = (x.cuda().repeat_interleave(times, 0) for x in given)

@@ -97,7 +97,8 @@ def test_accepts_the_default_kernel_and_rejects_wrong_ones(function, workload):
 
 
 @pytest.mark.parametrize(
-    "function", ["attend", "extend_attend", "combine", "combine_batch", "combine_window"]
+    "function",
+    ["attend", "extend_attend", "combine", "combine_batch", "combine_few", "combine_window"],
 )
 def test_functions_of_gpus(function):
     """In mode "half", whose splits depend on a row's length; the operators as they are."""

@@ -21,6 +21,7 @@ _MAKERS: dict[str, Callable[[Task], Case]] = {
     "attend_window": attention.attend_window,
     "combine": merge.combine,
     "combine_batch": merge.combine_batch,
+    "combine_few": merge.combine_few,
     "combine_window": merge.combine_window,
     "dequantize_key": storage.dequantize_key,
     "dequantize_value": storage.dequantize_value,

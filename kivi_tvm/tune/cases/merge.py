@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kivi_tvm import reference
+from kivi_tvm.ops.combine_few import ROWS
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases.attention import splits_of
 from kivi_tvm.tune.cases.case import (
@@ -24,7 +25,9 @@ from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
-TIMED_HEADS = 1024  # KV heads of all rows of `combine_batch`: more than four a multiprocessor
+# KV heads of all rows that `combine_window` is timed on where `combine_few` is called for fewer, and
+# `combine_batch`: of an H100's multiprocessors two each, and eight.
+MIDDLE_HEADS, BATCH_HEADS = 256, 1024
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
 
@@ -42,13 +45,25 @@ def combine(task: Task) -> Case:
 
 def combine_batch(task: Task) -> Case:
     """`combine_batch`: the same, timed on so many rows that it is called for them."""
-    rows = list(task.workload.row_lengths)
-    return combine_window(task, rows * -(-TIMED_HEADS // (len(rows) * task.workload.cfg.H_kv)))
+    return _combine_window(task, BATCH_HEADS)
 
 
-def combine_window(task: Task, lengths: list[int] | None = None) -> Case:
+def combine_few(task: Task) -> Case:
+    """`combine_few`: the same, on the workload's rows."""
+    return _combine_window(task)
+
+
+def combine_window(task: Task) -> Case:
     """`combine_window`: attention to the window, and partial results merged with it."""
-    found = Timed(task, lengths)
+    key = task.key
+    between = key.compute == "half" and key.queries_per_kv > ROWS
+    return _combine_window(task, MIDDLE_HEADS if between else 1)
+
+
+def _combine_window(task: Task, heads: int = 1) -> Case:
+    """The case of one of them, timed on the workload's rows so many times that there are `heads`."""
+    rows = list(task.workload.row_lengths)
+    found = Timed(task, rows * -(-heads // (len(rows) * task.workload.cfg.H_kv)))
     splits = splits_of(task, found.cfg, found.lengths)
     q, parts, results = found.queries(1), found.parts(1, max(splits) + 1), _results(found)
     scalars = scalar(found.cfg.D**-0.5), scalar(task.key.split_tokens)
