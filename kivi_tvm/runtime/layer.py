@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from kivi_tvm.runtime.workspace import Workspace
 
 
-# What ends a step on a GPU, by the heads of all rows for each of its multiprocessors: with at most
-# so many query heads `combine_few`, from so many KV heads on `combine_batch`, else `combine_window`.
-# The fastest, measured on an H100; which of them it is changes no bit.
+# What ends a step on a GPU, by the heads of all rows for each of its multiprocessors: `combine_few`
+# with at most so many query heads, `combine_batch` from so many KV heads on, else `combine_window`.
+# Each was the fastest there on an H100; which of them it is changes no bit.
 FEW_HEADS, BATCH_HEADS = 4, 4
 # Windows before a step: (name, slots, copy of what they held).
 Saved = Sequence[tuple[str, list[int], Tensor]]

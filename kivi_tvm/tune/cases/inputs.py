@@ -14,6 +14,7 @@ from kivi_tvm.tune.pools import Pool
 from kivi_tvm.workloads import Inputs, Workload, make_inputs
 
 CHECKED_KV_HEADS = 2
+BATCH_HEADS = 1024  # KV heads of all rows in a batch that fills a GPU
 Lengths = Sequence[int | None]
 KEYS = ("k_code", "k_scale", "k_zero")
 VALUES = ("v_code", "v_scale", "v_zero")
@@ -54,6 +55,11 @@ def held(pool: Pool, names: Sequence[str], after: Pool | None = None) -> list[Ar
         tensor(of(pool, n), None if after is None else of(after, n), n.endswith("code"))  # type: ignore[arg-type]
         for n in names
     ]
+
+
+def repeated(task: Task, lengths: Sequence[int], heads: int) -> list[int]:
+    """Rows of these lengths so many times that they have at least `heads` KV heads."""
+    return list(lengths) * -(-heads // (len(lengths) * task.workload.cfg.H_kv))
 
 
 class Timed:

@@ -20,14 +20,21 @@ from kivi_tvm.tune.cases.case import (
     strided_queries,
     tensor,
 )
-from kivi_tvm.tune.cases.inputs import RINGS, Timed, draw, held, nbytes, token_nbytes
+from kivi_tvm.tune.cases.inputs import (
+    BATCH_HEADS,
+    RINGS,
+    Timed,
+    draw,
+    held,
+    nbytes,
+    repeated,
+    token_nbytes,
+)
 from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
-# KV heads of all rows that `combine_window` is timed on where `combine_few` is called for fewer, and
-# `combine_batch`: of an H100's multiprocessors two each, and eight.
-MIDDLE_HEADS, BATCH_HEADS = 256, 1024
+MIDDLE_HEADS = 256  # of all rows that neither `combine_few` nor `combine_batch` is called for
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
 
@@ -61,9 +68,8 @@ def combine_window(task: Task) -> Case:
 
 
 def _combine_window(task: Task, heads: int = 1) -> Case:
-    """The case of one of them, timed on the workload's rows so many times that there are `heads`."""
-    rows = list(task.workload.row_lengths)
-    found = Timed(task, rows * -(-heads // (len(rows) * task.workload.cfg.H_kv)))
+    """The case of one of them, timed on the workload's rows or as many more as have `heads`."""
+    found = Timed(task, repeated(task, task.workload.row_lengths, heads))
     splits = splits_of(task, found.cfg, found.lengths)
     q, parts, results = found.queries(1), found.parts(1, max(splits) + 1), _results(found)
     scalars = scalar(found.cfg.D**-0.5), scalar(task.key.split_tokens)
