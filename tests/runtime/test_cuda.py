@@ -12,13 +12,15 @@ from pools import assert_same_bits
 from tolerance import assert_close, limit
 
 from kivi_tvm import build
+from kivi_tvm.config import TILE_TOKENS
 from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.devices import processors
 from kivi_tvm.runtime.layer import BATCH_HEADS
 
 pytestmark = pytest.mark.cuda
 SHORT_WINDOWS = [replace(cfg, residual_length=32) for cfg in HALF if cfg.key_group_size <= 32]
-SOME = [*FEW, *HALF[::6], SHORT_WINDOWS[0]]
+PIECES = next(cfg for cfg in HALF if cfg.P % TILE_TOKENS and cfg.value_bits == 2)
+SOME = [*FEW, *HALF[::6], SHORT_WINDOWS[0], PIECES]
 BATCHED = [cfg for cfg in HALF if cfg.D <= 128][::5] + SHORT_WINDOWS[:1]
 
 
