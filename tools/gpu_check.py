@@ -45,7 +45,7 @@ SANITIZED = (
 COUNTED = "tests", "failures", "errors", "skipped"
 FOUND = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 SCRIPTS = {"steps": "gpu_steps.py", "models": "gpu_decode.py"}
-LIMITS_S = {"tests": 280, **dict.fromkeys(SANITIZERS, 60), "steps": 300, "models": 280}
+LIMITS_S = {"tests": 280, **dict.fromkeys(SANITIZERS, 60), "steps": 400, "models": 280}
 
 
 def pytest(*arguments: str) -> list[str]:

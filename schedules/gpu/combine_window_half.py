@@ -61,11 +61,9 @@ def min_blocks(key: KernelKey) -> int:
     return 1 if wide or FullTile(key.head_dim).channels_apart == 2 else 2
 
 
-def combine_window_half(
-    sch: Schedule, hardware: Hardware, options: tuple[int, ...] = WARPS, default: int = SUMS
-) -> None:
-    """Schedule `combine_window` for one of so many warps."""
-    group = WorkGroup(choose(sch, "warps", options, default), hardware.warp)
+def combine_window_half(sch: Schedule, hardware: Hardware, warps: tuple[int, ...] = WARPS) -> None:
+    """Schedule `combine_window` for so many warps, by default the most of them."""
+    group = WorkGroup(choose(sch, "warps", warps, warps[-1]), hardware.warp)
     for name in SCALARS:
         keep_local(sch, name)
     if hardware.early_launch:
