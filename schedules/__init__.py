@@ -47,9 +47,9 @@ def bounds(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     """The choice of how many work-groups of a multiprocessor `op` leaves registers for, on GPUs."""
     if hardware.model != "gpu":
         return {}
-    found: Callable[[KernelKey], int] | None
+    found: Callable[[KernelKey, Hardware], int] | None
     found = getattr(_file(op, hardware), "min_blocks", None)
-    default = found(key) if found else MIN_BLOCKS
+    default = found(key, hardware) if found else MIN_BLOCKS
     return {"min_blocks": ([*range(max(1, default - 2), default + 2)], default)}
 
 

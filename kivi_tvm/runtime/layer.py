@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # What ends a step on a GPU, by the heads of all rows for each of its multiprocessors: `combine_few`
 # with at most so many query heads, `combine_batch` from so many KV heads on, else `combine_window`.
 # Each was the fastest there on an H100; which of them it is changes no bit.
-FEW_HEADS, BATCH_HEADS = 4, 3
+FEW_HEADS, BATCH_HEADS = 4, 4
 # Windows before a step: (name, slots, copy of what they held).
 Saved = Sequence[tuple[str, list[int], Tensor]]
 NOTHING: Saved = ()

@@ -39,9 +39,9 @@ def beginning(key: KernelKey, extends: bool) -> str:
     return "release"
 
 
-def min_blocks(key: KernelKey) -> int:
+def min_blocks(key: KernelKey, hardware: Hardware) -> int:
     """As many as hide what a row waits for: the loads of what it overwrites."""
-    del key
+    del key, hardware
     return 16
 
 

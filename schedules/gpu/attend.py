@@ -44,8 +44,9 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
     return {"chunk_tokens": ([chunk], chunk), "row_tile": (options, options[-1])}
 
 
-def min_blocks(key: KernelKey) -> int:
+def min_blocks(key: KernelKey, hardware: Hardware) -> int:
     """Two where there are no registers for three, on some architecture: 167 each."""
+    del hardware
     wide = key.head_dim > WIDE_HEAD or key.rows_per_query > 1
     return 2 if key.compute == "half" and wide else MIN_BLOCKS
 

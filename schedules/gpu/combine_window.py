@@ -70,9 +70,9 @@ def shared_bytes(key: KernelKey, rows: int) -> int:
     return 4 * rows * (sums + results)
 
 
-def min_blocks(key: KernelKey) -> int:
+def min_blocks(key: KernelKey, hardware: Hardware) -> int:
     """Registers for two: a thread holds 32 elements of keys and of values, or more."""
-    return combine_window_half.min_blocks(key) if key.compute == "half" else 2
+    return combine_window_half.min_blocks(key, hardware) if key.compute == "half" else 2
 
 
 def combine_window(sch: Schedule, hardware: Hardware) -> None:

@@ -45,25 +45,32 @@ WARPS = 2, 4, SUMS
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """Rows of a tile share what is loaded of the window: by default all that an operand holds."""
-    fits = [n for n in ROW_TILES if shared_bytes(key, n) <= hardware.dynamic_bytes]
+    fits = [n for n in ROW_TILES if shared_bytes(key.head_dim, n) <= hardware.dynamic_bytes]
     options = sorted({min(n, key.rows) for n in fits})
     return {"row_tile": (options, options[-1])}
 
 
-def shared_bytes(key: KernelKey, rows: int) -> int:
+def shared_bytes(head_dim: int, rows: int) -> int:
     """Shared memory of a work-group: its sums."""
-    return 4 * SUMS * min(rows, QUERIES) * (key.head_dim + 2)
+    return 4 * SUMS * min(rows, QUERIES) * (head_dim + 2)
 
 
-def min_blocks(key: KernelKey) -> int:
-    """Two where registers suffice: wide heads take more of them, and many addresses do."""
-    wide = key.head_dim > WIDE_HEAD
-    return 1 if wide or FullTile(key.head_dim).channels_apart == 2 else 2
+def min_blocks(key: KernelKey, hardware: Hardware) -> int:
+    """As many as registers suffice for."""
+    del hardware
+    return resident_groups(key.head_dim)
 
 
-def combine_window_half(sch: Schedule, hardware: Hardware, warps: tuple[int, ...] = WARPS) -> None:
-    """Schedule `combine_window` for so many warps, by default the most of them."""
-    group = WorkGroup(choose(sch, "warps", warps, warps[-1]), hardware.warp)
+def resident_groups(head_dim: int) -> int:
+    """Two, of as many warps as sums; wide heads take more registers, and many addresses do."""
+    return 1 if head_dim > WIDE_HEAD or FullTile(head_dim).channels_apart == 2 else 2
+
+
+def combine_window_half(
+    sch: Schedule, hardware: Hardware, options: tuple[int, ...] = WARPS, default: int = SUMS
+) -> None:
+    """Schedule `combine_window` for one of so many warps."""
+    group = WorkGroup(choose(sch, "warps", options, default), hardware.warp)
     for name in SCALARS:
         keep_local(sch, name)
     if hardware.early_launch:
