@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,12 @@ def copy_gb_per_s() -> float:
     return 2 * (1 << 30) / graph_us(lambda: copy.copy_(source), 1) / 1e3
 
 
-def cases() -> Iterator[Case]:
-    """Every case whose 16-bit cache fits."""
-    for heads, kv_heads in HEADS:
-        for bits, group_size in SETTINGS:
-            for batch, tokens in SIZES:
-                case = Case(heads, kv_heads, bits, group_size, batch, tokens)
-                if case.full_bytes <= CASE_BYTES:
-                    yield case
+def cases() -> Iterator[list[Case]]:
+    """Every case whose 16-bit cache fits: those with the same peer together."""
+    for (heads, kv_heads), (batch, tokens) in product(HEADS, SIZES):
+        found = [Case(heads, kv_heads, *setting, batch, tokens) for setting in SETTINGS]
+        if found[0].full_bytes <= CASE_BYTES:
+            yield found
 
 
 def build_all(configs: Iterable[KiviConfig]) -> None:
@@ -240,9 +239,8 @@ def _build(config: KiviConfig) -> None:
     build(config, "cuda")
 
 
-def measured(case: Case, bandwidth: float) -> dict[str, object]:
-    """Error and times of one case, and its peer's."""
-    peer, backend = peer_us(case)
+def measured(case: Case, bandwidth: float, peer: float, backend: str) -> dict[str, object]:
+    """Error and times of one case, beside its peer's."""
     # its next token is the last one of the case
     cache = filled(case.config, case.layers, case.batch, case.tokens - 1)
     error = error_of(cache)
@@ -285,16 +283,17 @@ def main() -> None:
     """Write one line per case."""
     args = arguments(__doc__)
     environment = environment_of(args.commit, "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
-    build_all(dict.fromkeys(case.config for case in cases()))
+    build_all(dict.fromkeys(case.config for case in chain.from_iterable(cases())))
     with args.output.open("w", encoding="utf-8") as file:
-        for case in cases():
-            bandwidth = copy_gb_per_s()
-            fields = {name: getattr(case, name) for name in case.__slots__} | {
-                "layers": case.layers, "copy_gb_per_s": round(bandwidth, 1),
-            }  # fmt: skip
-            record = fields | measured(case, bandwidth) | environment
-            print(json.dumps(record), file=file, flush=True)
-            print({x: y for x, y in record.items() if x not in environment}, flush=True)
+        for together in cases():
+            bandwidth, peer = copy_gb_per_s(), peer_us(together[0])
+            for case in together:
+                fields = {name: getattr(case, name) for name in case.__slots__} | {
+                    "layers": case.layers, "copy_gb_per_s": round(bandwidth, 1),
+                }  # fmt: skip
+                record = fields | measured(case, bandwidth, *peer) | environment
+                print(json.dumps(record), file=file, flush=True)
+                print({x: y for x, y in record.items() if x not in environment}, flush=True)
 
 
 if __name__ == "__main__":
