@@ -58,6 +58,7 @@ UNROLLED = (
 
 
 WARPS = 1, 2, 4
+ALIGNMENT = 128  # bytes
 RESIDENT_WARPS = 12  # that a multiprocessor has registers for, of 168
 
 
@@ -74,9 +75,9 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
 
 
 def shared_bytes(key: KernelKey, warps: int) -> int:
-    """Shared memory of a work-group: tiles, and the states of its warps and of all of them."""
-    states = 4 * min(key.rows, QUERIES) * (key.head_dim + 2) * (warps + 1)
-    return warps * staged_bytes(key) + states
+    """Shared memory of a work-group, at most: tiles and states of its warps, and their alignment."""
+    states = 4 * min(key.rows, QUERIES) * (key.head_dim + 2) * warps
+    return warps * staged_bytes(key) + states + ALIGNMENT
 
 
 def attend_half(sch: Schedule, hardware: Hardware) -> None:
