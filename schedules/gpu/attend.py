@@ -11,7 +11,6 @@ from kivi_tvm.schedules.gpu import attend_half
 from kivi_tvm.schedules.primitives import divisors, has_block
 from kivi_tvm.schedules.threads import (
     WARPS,
-    WIDE_HEAD,
     WORDS,
     contract_by_threads,
     over_groups,
@@ -45,10 +44,8 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
 
 
 def min_blocks(key: KernelKey, hardware: Hardware) -> int:
-    """Two where there are no registers for three, on some architecture: 167 each."""
-    del hardware
-    wide = key.head_dim > WIDE_HEAD or key.rows_per_query > 1
-    return 2 if key.compute == "half" and wide else MIN_BLOCKS
+    """In mode "half" by what its warps take."""
+    return attend_half.min_blocks(key, hardware) if key.compute == "half" else MIN_BLOCKS
 
 
 def beginning(key: KernelKey, extends: bool) -> str:

@@ -16,6 +16,7 @@ from kivi_tvm.schedules.early_launch import wait
 from kivi_tvm.schedules.mma import mma, transpose
 from kivi_tvm.schedules.primitives import extent_of, has_block
 from kivi_tvm.schedules.threads import (
+    WIDE_HEAD,
     WorkGroup,
     by_lane,
     keep_in_registers,
@@ -59,7 +60,9 @@ UNROLLED = (
 
 WARPS = 1, 2, 4
 ALIGNMENT = 128  # bytes
-RESIDENT_WARPS = 12  # that a multiprocessor has registers for, of 168
+# That a multiprocessor has registers for, of 168 each; of the 255 that wide heads take, and the rows
+# of several tokens.
+RESIDENT_WARPS, FEWER_WARPS = 12, 8
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
@@ -74,8 +77,15 @@ def offers(key: KernelKey, hardware: Hardware) -> Offers:
     return {"warps": (fits, max(wide, key=lambda n: (resident(n), n)))}
 
 
+def min_blocks(key: KernelKey, hardware: Hardware) -> int:
+    """As many as there are registers for, on every architecture."""
+    _, warps = offers(key, hardware)["warps"]
+    wide = key.head_dim > WIDE_HEAD or key.rows_per_query > 1
+    return (FEWER_WARPS if wide else RESIDENT_WARPS) // int(warps)
+
+
 def shared_bytes(key: KernelKey, warps: int) -> int:
-    """Shared memory of a work-group, at most: tiles and states of its warps, and their alignment."""
+    """Shared memory of a work-group, at most: tiles and states of its warps, aligned."""
     states = 4 * min(key.rows, QUERIES) * (key.head_dim + 2) * warps
     return warps * staged_bytes(key) + states + ALIGNMENT
 
