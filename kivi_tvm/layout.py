@@ -111,7 +111,7 @@ class PackOrder:
 
     @property
     def _runs(self) -> int:
-        """Runs of one of every four in a word that has them of two."""
+        """Half of the runs in a word that has two of every four."""
         return self.codes_per_word // (2 * self.run)
 
     @property

@@ -60,8 +60,7 @@ UNROLLED = (
 
 WARPS = 1, 2, 4
 ALIGNMENT = 128  # bytes
-# That a multiprocessor has registers for, of 168 each; of the 255 that wide heads take, and the rows
-# of several tokens.
+# That a multiprocessor has registers for; and of wide heads or several tokens, which take more.
 RESIDENT_WARPS, FEWER_WARPS = 12, 8
 
 
