@@ -50,7 +50,8 @@ def bounds(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     found: Callable[[KernelKey, Hardware], int] | None
     found = getattr(_file(op, hardware), "min_blocks", None)
     default = found(key, hardware) if found else MIN_BLOCKS
-    return {"min_blocks": ([*range(max(1, default - 2), default + 2)], default)}
+    fewest = max(1, (default - 1) // 2)  # of work-groups of twice the warps there are half as many
+    return {"min_blocks": ([*range(fewest, default + 2)], default)}
 
 
 def beginning(op: str, hardware: Hardware, key: KernelKey, extends: bool) -> str:

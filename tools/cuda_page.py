@@ -108,7 +108,8 @@ def memory_cell(kernel: KernelCode) -> str:
 def kernel_rows() -> list[list[str]]:
     """The table of every kernel on every architecture."""
     found = kernels(CONFIG, WITHOUT_TENSOR_CORES, ARCHITECTURES[:1])
-    found += kernels(CONFIG, "sm_80", ARCHITECTURES[1:])
+    for architecture in ARCHITECTURES[1:]:
+        found += kernels(CONFIG, architecture, (architecture,))
     cells = {(kernel.name, kernel.architecture): kernel_cell(kernel) for kernel in found}
     cells |= {(name, WITHOUT_TENSOR_CORES): "-" for name in BATCH_FUNCTIONS | FEW_FUNCTIONS}
     rows = [[f"`{name}`", *(cells[name, each] for each in ARCHITECTURES)] for name in ALL_FUNCTIONS]
@@ -137,7 +138,8 @@ def loop_rows() -> list[list[str]]:
     rows = [[*COLUMNS, "MMA", "instructions"], [*["-:"] * 2, "-", *["-:"] * 7]]
     for group_size, queries in SHAPES:
         config = KiviConfig(128, 8 * queries, 8, group_size=group_size)
-        for kernel in kernels(config, "sm_80", ("sm_80", "sm_90"), "attend"):
+        for architecture in ("sm_80", "sm_90"):
+            [kernel] = kernels(config, architecture, (architecture,), "attend")
             rows.append(loop_row(group_size, queries, kernel))
     return rows
 

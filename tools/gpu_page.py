@@ -175,10 +175,12 @@ def draw(records: list[Record], path: Path) -> None:
     """Times faster than the peer against tokens, a panel per shape, a line per batch."""
     panels = shapes(records)
     columns = 3
-    rows = len(panels) // columns
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(10.5, 3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True).flatten()
-    for axes, (name, found) in zip(grid, panels.items(), strict=True):
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, found) in zip(grid, panels.items(), strict=False):
         for batch, marker in ((1, "o"), (8, "s"), (32, "^"), (256, "D")):
             line = [(each["tokens"], each["speedup"]) for each in found if each["batch"] == batch]
             axes.plot(*zip(*line, strict=True), marker=marker, label=f"batch {batch}")

@@ -59,7 +59,8 @@ class HalfTile(OutputRows):
     """How `TOKENS` tokens and all channels of a head are dealt out to lanes and registers.
 
     Tokens come in matrices of 8 rows, `x = 0 .. 7`. Those of a *unit* have their values in four
-    words of every channel, one per lane `c`; those of a *section* have their keys' scale in common
+    words of every channel, one per lane `c`, or of two pieces with 2 bits in two words of each, of
+    which lanes take bytes; those of a *section* have their keys' scale in common
     as well. Row `n` of matrix `x` of a section is its token `n * rows_apart + x`, so that lane `g`
     reads its tokens of a section side by side.
     """

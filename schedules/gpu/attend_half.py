@@ -8,7 +8,7 @@ from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.ops.attend_half import FIRST, LAST, NEXT
-from kivi_tvm.ops.fragments import QUERIES
+from kivi_tvm.ops.fragments import QUERIES, HalfTile
 from kivi_tvm.ops.staged_tile import staged_bytes
 from kivi_tvm.schedules import Offers
 from kivi_tvm.schedules.async_copy import SCOPE, arrive, clear_item, copy_line
@@ -60,27 +60,31 @@ UNROLLED = (
 
 WARPS = 1, 2, 4
 ALIGNMENT = 128  # bytes
-# That a multiprocessor has registers for; and of wide heads or several tokens, which take more.
+# That a multiprocessor has registers for; and with more of them: for several tokens, wide heads, or
+# less wide ones whose lanes take pairs of channels instead of four.
 RESIDENT_WARPS, FEWER_WARPS = 12, 8
+PAIRED_HEAD = 96
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
     """So many warps that as many as possible are on a multiprocessor; of equal counts the most."""
     fits = [n for n in WARPS if shared_bytes(key, n) <= hardware.dynamic_bytes]
-
-    def resident(warps: int) -> int:
-        groups = min(RESIDENT_WARPS // warps, hardware.dynamic_bytes // shared_bytes(key, warps))
-        return warps * groups
-
     wide = [n for n in fits if n > 1] or fits  # one warp alone has too much to do besides
-    return {"warps": (fits, max(wide, key=lambda n: (resident(n), n)))}
+    return {"warps": (fits, max(wide, key=lambda n: (n * resident_groups(key, n, hardware), n)))}
 
 
 def min_blocks(key: KernelKey, hardware: Hardware) -> int:
-    """As many as there are registers for, on every architecture."""
+    """As many as a multiprocessor holds."""
     _, warps = offers(key, hardware)["warps"]
-    wide = key.head_dim > WIDE_HEAD or key.rows_per_query > 1
-    return (FEWER_WARPS if wide else RESIDENT_WARPS) // int(warps)
+    return resident_groups(key, int(warps), hardware)
+
+
+def resident_groups(key: KernelKey, warps: int, hardware: Hardware) -> int:
+    """Work-groups of so many warps that a multiprocessor has registers and shared memory for."""
+    pairs = HalfTile(key).channels_apart == 2 and key.head_dim > PAIRED_HEAD
+    fewer = pairs or key.head_dim > WIDE_HEAD or key.rows_per_query > 1
+    by_registers = (FEWER_WARPS if fewer else RESIDENT_WARPS) // warps
+    return min(by_registers, hardware.dynamic_bytes // shared_bytes(key, warps))
 
 
 def shared_bytes(key: KernelKey, warps: int) -> int:

@@ -19,7 +19,7 @@ from tolerance import relative_l2
 
 from kivi_tvm.compile import scheduled_function
 from kivi_tvm.config import KiviConfig
-from kivi_tvm.layout import value_order
+from kivi_tvm.layout import NO_PAGE, num_pages, packed_values, value_order
 from kivi_tvm.ops.fragments import TOKENS
 from kivi_tvm.reference.formulas import attention
 
@@ -92,6 +92,28 @@ def test_cuda_source(cfg, monkeypatch):
     library = EmulatedLibrary(cfg.kernel_key())
     monkeypatch.setattr(test_attend, "kernel", lambda _: library["attend"])
     check_ragged(cfg)
+
+
+class BoundedPool(test_attend.Pool):
+    """Whoever looks up the page of a token that no row has packed reads far behind the memory."""
+
+    def __init__(self, cfg, lengths):
+        super().__init__(cfg, lengths)
+        for _, slot, length in self.active():
+            self.table[slot, num_pages(cfg, packed_values(cfg, length)) :] = 1 << 22
+        self.table[self.table == NO_PAGE] = 1 << 22
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("page_size", [32, 96])
+def test_only_pages_with_packed_tokens_are_read(page_size, monkeypatch):
+    cfg = KiviConfig(
+        64, 2, 1, group_size=16, residual_length=16, page_size=page_size, compute="half"
+    )
+    kernel = EmulatedLibrary(cfg.kernel_key())["attend"]
+    monkeypatch.setattr(test_attend, "kernel", lambda _: kernel)
+    monkeypatch.setattr(test_attend, "Pool", BoundedPool)
+    test_attend.check(cfg, [None, *(cfg.R + n for n in (1, 32, 33, 64, 96, 97, 289))])
 
 
 @pytest.mark.cpu

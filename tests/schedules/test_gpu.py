@@ -76,7 +76,7 @@ def test_a_work_group_shares_what_every_device_gives():
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(
-    "cfg", [*FEW, CONFIGS[11], CONFIGS[15], HALF[8], HALF[10], HALF[14]], ids=config_id
+    "cfg", [*FEW, CONFIGS[11], CONFIGS[15], HALF[6], HALF[8], HALF[10], HALF[14]], ids=config_id
 )
 def test_machine_code_spills_nothing(cfg, tmp_path):
     # kernels that are launched early have waits and other loads

@@ -98,16 +98,24 @@ def test_accepts_the_default_kernel_and_rejects_wrong_ones(function, workload):
 
 @pytest.mark.parametrize(
     "function",
-    ["attend", "extend_attend", "combine", "combine_batch", "combine_few", "combine_window"],
+    [
+        "append",
+        "attend",
+        "extend_attend",
+        "combine",
+        "combine_batch",
+        "combine_few",
+        "combine_window",
+    ],
 )
 def test_functions_of_gpus(function):
     """In mode "half", whose splits depend on a row's length; the operators as they are."""
-    workload = replace(HALF, num_heads=4, num_kv_heads=2, compute="half")
+    workload = replace(HALF, num_heads=8, num_kv_heads=2, compute="half")
     key = workload.cfg.kernel_key()
     op, extends = ALL_FUNCTIONS[function]
     case = make_case(Task(function, workload))
     kernel = plain_kernel(op, replace(key, rows_per_query=key.extend_rows) if extends else key)
-    number = -1 if op.startswith("combine") else -2
+    number = WRITTEN.get(function, -1)
     assert not rejects(case, kernel)
     assert rejects(case, perturbed(kernel, number, 1.01))
     assert rejects(case, without_last_head(kernel, number))

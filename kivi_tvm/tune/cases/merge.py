@@ -34,7 +34,7 @@ from kivi_tvm.tune.cases.tolerance import limit
 from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
-MIDDLE_HEADS = 256  # of all rows that neither `combine_few` nor `combine_batch` is called for
+MIDDLE_HEADS = 256  # of all rows; an H100 calls neither `combine_few` nor `combine_batch` for them
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
 

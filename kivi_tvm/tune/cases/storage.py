@@ -151,10 +151,11 @@ def append(task: Task) -> Case:
     fast as any for few rows, and not the other way round.
     """
     cfg = task.workload.cfg
-    R, T = cfg.R, task.workload.tokens
+    R, T, half = cfg.R, task.workload.tokens, task.key.compute == "half"
+    T = min(T, 4 * R) if half else T  # only a row's last page is written, and memory is limited
     quiet = T + 1 if (T + 1) % R else T + 2
     steps = [(quiet, (R - 1) / R), (T - T % R + R, 1 / R)]
-    heads = BATCH_HEADS if task.key.compute == "half" else 1
+    heads = BATCH_HEADS if half else 1
     B, e = len(repeated(task, task.workload.row_lengths, heads)), layout.DTYPE_BYTES[cfg.dtype]
     # tokens read and written, the value that leaves, its words, scales; a block's keys and codes
     per_head = cfg.D * e * 5 + 8 * cfg.D + 4 * (cfg.D // cfg.G_v) + 2 * cfg.D * e
