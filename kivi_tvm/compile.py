@@ -26,7 +26,7 @@ from kivi_tvm.lowering import compile_module
 from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import BATCH_FUNCTIONS, FEW_FUNCTIONS, FUNCTIONS, GPU_FUNCTIONS, OPS
-from kivi_tvm.ops.combine_few import ROWS
+from kivi_tvm.ops.combine_few import has_few
 from kivi_tvm.schedules import beginning, bounds, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 from kivi_tvm.schedules.threads import WIDE_HEAD
@@ -71,7 +71,7 @@ def functions(key: KernelKey, target: Target) -> dict[str, tuple[str, bool]]:
     found = FUNCTIONS | GPU_FUNCTIONS
     if key.compute == "half" and key.head_dim <= WIDE_HEAD:  # registers suffice for few warps
         found |= BATCH_FUNCTIONS
-    if key.compute == "half" and key.queries_per_kv > ROWS:
+    if has_few(key):
         found |= FEW_FUNCTIONS
     return found
 

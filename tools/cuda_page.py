@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,15 @@ COLUMNS = (
 )
 
 
-def kernels(
-    config: KiviConfig, built_for: str, architectures: tuple[str, ...], *names: str
-) -> list[KernelCode]:
-    """The kernels of one source, all of them or some, compiled for several architectures."""
-    target = targets.resolve({"kind": "cuda", "arch": built_for})
+def kernels(config: KiviConfig, architecture: str, *names: str) -> list[KernelCode]:
+    """All kernels for an architecture, or some."""
+    target = targets.resolve({"kind": "cuda", "arch": architecture})
     key = targets.kernel_key(config, target)
     found: list[KernelCode] = []
     for name in names or functions(key, target):
         module = compile_module(scheduled_function(name, key, target).mod, target)
         source = module.mod.imports[0].inspect_source("cuda")
-        for architecture in architectures:
-            found += kernels_of_source(source, architecture)
+        found += kernels_of_source(source, architecture)
     return found
 
 
@@ -107,9 +105,7 @@ def memory_cell(kernel: KernelCode) -> str:
 
 def kernel_rows() -> list[list[str]]:
     """The table of every kernel on every architecture."""
-    found = kernels(CONFIG, WITHOUT_TENSOR_CORES, ARCHITECTURES[:1])
-    for architecture in ARCHITECTURES[1:]:
-        found += kernels(CONFIG, architecture, (architecture,))
+    found = chain.from_iterable(kernels(CONFIG, each) for each in ARCHITECTURES)
     cells = {(kernel.name, kernel.architecture): kernel_cell(kernel) for kernel in found}
     cells |= {(name, WITHOUT_TENSOR_CORES): "-" for name in BATCH_FUNCTIONS | FEW_FUNCTIONS}
     rows = [[f"`{name}`", *(cells[name, each] for each in ARCHITECTURES)] for name in ALL_FUNCTIONS]
@@ -139,7 +135,7 @@ def loop_rows() -> list[list[str]]:
     for group_size, queries in SHAPES:
         config = KiviConfig(128, 8 * queries, 8, group_size=group_size)
         for architecture in ("sm_80", "sm_90"):
-            [kernel] = kernels(config, architecture, (architecture,), "attend")
+            [kernel] = kernels(config, architecture, "attend")
             rows.append(loop_row(group_size, queries, kernel))
     return rows
 

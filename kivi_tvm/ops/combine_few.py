@@ -12,6 +12,11 @@ from kivi_tvm.ops.combine_window_half import combine_window_half
 ROWS = 2  # of a tile at most
 
 
+def has_few(key: KernelKey) -> bool:
+    """Whether modules of `key` for GPUs have this function: whether its tiles are smaller."""
+    return key.compute == "half" and key.queries_per_kv > ROWS
+
+
 def combine_few(key: KernelKey, row_tile: int = ROWS):
     """The output and log-sum-exp of every row from its window and its splits' partial results.
 

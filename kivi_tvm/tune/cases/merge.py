@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kivi_tvm import reference
-from kivi_tvm.ops.combine_few import ROWS
+from kivi_tvm.ops.combine_few import has_few
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases.attention import splits_of
 from kivi_tvm.tune.cases.case import (
@@ -62,9 +62,7 @@ def combine_few(task: Task) -> Case:
 
 def combine_window(task: Task) -> Case:
     """`combine_window`: attention to the window, and partial results merged with it."""
-    key = task.key
-    between = key.compute == "half" and key.queries_per_kv > ROWS
-    return _combine_window(task, MIDDLE_HEADS if between else 1)
+    return _combine_window(task, MIDDLE_HEADS if has_few(task.key) else 1)
 
 
 def _combine_window(task: Task, heads: int = 1) -> Case:
