@@ -27,7 +27,7 @@ from kivi_tvm.manifest import Manifest
 from kivi_tvm.notices import announce_once
 from kivi_tvm.ops import BATCH_FUNCTIONS, FEW_FUNCTIONS, FUNCTIONS, GPU_FUNCTIONS, OPS
 from kivi_tvm.ops.combine_few import has_few
-from kivi_tvm.schedules import beginning, bounds, offers, rule
+from kivi_tvm.schedules import beginning, bounds, fits, offers, rule
 from kivi_tvm.schedules.choices import GuidedSchedule, Option, decide
 from kivi_tvm.schedules.threads import WIDE_HEAD
 
@@ -70,7 +70,12 @@ def functions(key: KernelKey, target: Target) -> dict[str, tuple[str, bool]]:
         return FUNCTIONS
     found = FUNCTIONS | GPU_FUNCTIONS
     if key.compute == "half" and key.head_dim <= WIDE_HEAD:  # registers suffice for few warps
-        found |= BATCH_FUNCTIONS
+        hardware = targets.hardware(target)
+        found |= {
+            name: (op, extends)
+            for name, (op, extends) in BATCH_FUNCTIONS.items()
+            if fits(op, hardware, key)
+        }
     if has_few(key):
         found |= FEW_FUNCTIONS
     return found
@@ -206,12 +211,21 @@ def recorded_schedule(record: Record, key: KernelKey, target: Target) -> GuidedS
 def scheduled_module(
     key: KernelKey, target: Target, schedules: Mapping[str, GuidedSchedule] | None = None
 ) -> tvm.IRModule:
-    """Every function of `key` for `target`: those of `schedules`, the others by default."""
+    """Every function of `key` for `target`: those of `schedules`, the others by default.
+
+    Without `attend_batch` where `attend` takes other sums than by default: it gives the same bits
+    with the default ones alone.
+    """
     given = schedules or {}
+    names = list(functions(key, target))
+    if "attend_batch" in names and "attend" in given:
+        sums = given["attend"].choices["warps"]
+        if sums.taken != sums.default:
+            names.remove("attend_batch")
     return tvm.IRModule(
         {
             name: (given.get(name) or scheduled_function(name, key, target)).mod[name]
-            for name in functions(key, target)
+            for name in names
         }
     )
 
@@ -255,8 +269,9 @@ def compile_kernels(
                 notify(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
-    executable = compile_module(scheduled_module(key, target, tuned), target, for_elsewhere=True)
-    names = functions(key, target)
+    module = scheduled_module(key, target, tuned)
+    executable = compile_module(module, target, for_elsewhere=True)
+    names = [name for name in functions(key, target) if name in module]
     return CompiledKernels(
         key,
         target,

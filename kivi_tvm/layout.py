@@ -278,7 +278,12 @@ def _short_rows(key: KernelKey, most: Any) -> list[tuple[Any, Any]]:
         return []
     half, quarter = (most // n // TILE_TOKENS * TILE_TOKENS for n in (2, 4))
     shorter = [(SHORT_SPLITS * part, part) for part in (quarter, half)]
-    return [(most // 2, most), *shorter]
+    return [(most // 2, most), *shorter]  # `one_part_tokens`
+
+
+def one_part_tokens(key: KernelKey) -> int:
+    """Packed tokens that a row may have, in mode "half", and still be one part (`split_tokens`)."""
+    return key.split_tokens // 2
 
 
 def tokens_of_splits(key: KernelKey, splits: int, packed: int) -> int:

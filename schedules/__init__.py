@@ -43,6 +43,13 @@ def offers(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     return found(key, hardware) if found else {}
 
 
+def fits(op: str, hardware: Hardware, key: KernelKey) -> bool:
+    """Whether a work-group of `op` finds room on the chip: all but some of mode "half" do."""
+    found: Callable[[KernelKey, Hardware], bool] | None
+    found = getattr(_file(op, hardware), "fits", None)
+    return found(key, hardware) if found else True
+
+
 def bounds(op: str, hardware: Hardware, key: KernelKey) -> Offers:
     """The choice of how many work-groups of a multiprocessor `op` leaves registers for, on GPUs."""
     if hardware.model != "gpu":

@@ -135,3 +135,31 @@ def arrive() -> str:
 
     TensorIntrin.register(name, description, implementation)
     return name
+
+
+@cache
+def barrier(scope: str) -> str:
+    """The name of the intrinsic that waits for all warps of a work-group, in a `wait_block`.
+
+    For what they have written in `scope`, "shared" or "shared.dyn".
+    """
+    name = f"kivi_tvm.barrier.{scope}"
+
+    @T.prim_func(s_tir=True)
+    def description(handle: T.handle) -> None:
+        here = T.match_buffer(handle, (1,), "uint32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads()
+            T.writes(here[0])
+            here[0] = T.uint32(1)
+
+    @T.prim_func(s_tir=True)
+    def implementation(handle: T.handle) -> None:
+        here = T.match_buffer(handle, (1,), "uint32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads()
+            T.writes(here[0])
+            T.evaluate(T.tvm_storage_sync(scope))
+
+    TensorIntrin.register(name, description, implementation)
+    return name

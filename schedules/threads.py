@@ -148,6 +148,11 @@ def _blocks_in(sch: Schedule, block: SBlockRV) -> list[SBlockRV]:
     return inner + [each for child in inner for each in _blocks_in(sch, child)]
 
 
+def blocks_inside(sch: Schedule, block: SBlockRV) -> dict[str, SBlockRV]:
+    """A block and all inside it by name, where a kernel has others of the same names."""
+    return {str(sch.get(each).name_hint): each for each in (block, *_blocks_in(sch, block))}
+
+
 def keep_local(sch: Schedule, name: str) -> None:
     """Let every thread compute a block for itself, into its registers."""
     sch.set_scope(sch.get_sblock(name), 0, "local")

@@ -12,6 +12,7 @@ from typing import Any
 from kivi_tvm.ops.advance import advance
 from kivi_tvm.ops.append import append
 from kivi_tvm.ops.attend import attend
+from kivi_tvm.ops.attend_batch import attend_batch
 from kivi_tvm.ops.attend_new import attend_new
 from kivi_tvm.ops.attend_window import attend_window
 from kivi_tvm.ops.combine import combine
@@ -32,6 +33,7 @@ OPS: dict[str, Operator] = {
     "advance": advance,
     "append": append,
     "attend": attend,
+    "attend_batch": attend_batch,
     "attend_new": attend_new,
     "attend_window": attend_window,
     "combine": combine,
@@ -48,7 +50,10 @@ OPS: dict[str, Operator] = {
 # Functions of modules for GPUs alone, and of those in mode "half", for large batches and for few
 # rows of several query heads; as below.
 GPU_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_window": ("combine_window", False)}
-BATCH_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_batch": ("combine_batch", False)}
+BATCH_FUNCTIONS: dict[str, tuple[str, bool]] = {
+    "attend_batch": ("attend_batch", False),
+    "combine_batch": ("combine_batch", False),
+}
 FEW_FUNCTIONS: dict[str, tuple[str, bool]] = {"combine_few": ("combine_few", False)}
 # Every function of any compiled module: its operator, and whether it takes the queries of several
 # new tokens (`KernelKey.extend_rows`) instead of one.

@@ -12,36 +12,16 @@ from tvm.script import tirx as T
 
 from kivi_tvm.config import KernelKey
 from kivi_tvm.layout import PACKED_VALUES, split_tokens
-from kivi_tvm.ops.contract_half import output_blocks, score_blocks
-from kivi_tvm.ops.fragments import CODE_UNIT, LANES, QUERIES, TOKENS, HalfTile
+from kivi_tvm.ops.contract_half import score_blocks
+from kivi_tvm.ops.fragments import LANES, QUERIES, TOKENS, HalfTile
 from kivi_tvm.ops.online_softmax import row_tiles
+from kivi_tvm.ops.packed_tiles import FIRST, LAST, NEXT, arrival_block, tile_sum_blocks
 from kivi_tvm.ops.regions import ALL, regions
-from kivi_tvm.ops.softmax_half import (
-    highest,
-    joined,
-    lift_blocks,
-    query_blocks,
-    query_load_block,
-    softmax_half_blocks,
-    start_half_blocks,
-    total_blocks,
-    warp_acc_block,
-    warp_stat_block,
-    zero_acc_blocks,
-)
-from kivi_tvm.ops.staged_tile import (
-    PLACES,
-    arrive_block,
-    clear_tail_block,
-    copy_tile_blocks,
-    pages_block,
-    staged_arrays,
-)
+from kivi_tvm.ops.softmax_half import highest, joined, query_blocks, query_load_block
+from kivi_tvm.ops.staged_tile import PLACES, copy_tile_blocks, pages_block, staged_arrays
 from kivi_tvm.ops.waits import wait_block
 
 WARPS = 4
-# Blocks that copy a warp's first tile, or that if it is the row's last, and the one after each.
-FIRST, LAST, NEXT = "first", "last", "next"
 
 
 def attend_half(key: KernelKey, warps: int = WARPS):
@@ -56,24 +36,17 @@ def attend_half(key: KernelKey, warps: int = WARPS):
     G_k, G_v = key.key_group_size, key.value_group_size
     W_k, W_v = key.key_codes_per_word, key.value_codes_per_word
     SPLIT, N_k, N_v = key.split_tokens, P // G_k, D // G_v
-    SPANS, PAIRS, PIECES = tile.key_spans, tile.key_pairs, tile.pieces
     STATES = M if WARPS * M > 1 else 2  # TVM fails to place a buffer of one element
+    SPANS, PAIRS, PIECES = tile.key_spans, tile.key_pairs, tile.pieces
     X, PRODUCTS = tile.matrices, tile.value_rows
     K_CODE, K_SCALE, K_ZERO, V_CODE, V_SCALE, V_ZERO = (x.size for x in staged_arrays(key))
+    load_queries, queries = query_load_block(D, M, SPANS, W_k), query_blocks(key, M)
     copy_first, copy_last, copy_next = (copy_tile_blocks(key, x) for x in (FIRST, LAST, NEXT))
     first_pages, second_pages, next_pages = (
         pages_block(f"{x}_page", key) for x in ("first", "second", "next")
     )
-    load_queries, queries = query_load_block(D, M, SPANS, W_k), query_blocks(key, M)
-    start, find_lift = start_half_blocks(PRODUCTS), lift_blocks(key)
-    start_zeros, bring_zeros = zero_acc_blocks()
-    scores, outputs = score_blocks(key), output_blocks(key)
-    softmax = softmax_half_blocks(X, PRODUCTS)
-    sum_up, store_stat, store_sums = total_blocks(), warp_stat_block(M), warp_acc_block(tile, M)
-    arrive, cleared = arrive_block("arrive"), arrive_block("cleared")
-    appended = wait_block("appended")
-    *_, of_token, _ = staged_arrays(key)
-    no_scale, no_zero = (clear_tail_block(name, of_token) for name in ("no_scale", "no_zero"))
+    start, add_tile, store_state = tile_sum_blocks(key, M)
+    arrival, scores, appended = arrival_block(key), score_blocks(key), wait_block("appended")
 
     @T.prim_func(s_tir=True)
     def attend(
@@ -223,8 +196,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                 left_of(second), next_page,
                             )  # fmt: skip
                             queries(q_load, scale, q_pair, gain)
-                            start(ref, total, acc)
-                            start_zeros(zero_acc)
+                            start(ref, total, acc, zero_acc)
                             appended()  # nothing before this reads what `append` writes
                             copy_last(
                                 T.And(turns > 0, at_last), known, stored, first_page, head, own,
@@ -258,15 +230,7 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                     lift = T.sblock_alloc_buffer((LANES,), "float32")
                                     keep = T.sblock_alloc_buffer((LANES, 2), "float32")
                                     prob_pair = T.sblock_alloc_buffer((LANES, X), "uint32")
-                                    arrive()
-                                    # What is behind the last token may be anything.
-                                    with T.sblock("value_tail"):
-                                        T.where(left < TOKENS)
-                                        T.reads(inside[0])
-                                        T.writes(*regions((v_scale_tile, v_zero_tile), vw))
-                                        no_scale(v_scale_tile, vw, place, left)
-                                        no_zero(v_zero_tile, vw, place, left)
-                                        cleared()
+                                    arrival(inside, left, v_scale_tile, v_zero_tile, vw, place)
                                     copy_next(
                                         vc + 1 < turns, known, stored, next_page, head, after,
                                         tile_places, vw, (vc + 1) % PLACES,
@@ -280,39 +244,11 @@ def attend_half(key: KernelKey, warps: int = WARPS):
                                         q_pair, gain, k_code_tile, k_scale_tile, k_zero_tile, vw,
                                         place, left, score,
                                     )  # fmt: skip
-                                    find_lift(v_scale_tile, vw, place, lift)
-                                    softmax(
-                                        score,
-                                        lambda lane: lift[lane],
-                                        ref,
-                                        total,
-                                        acc,
-                                        keep,
-                                        prob_pair,
-                                    )
-                                    bring_zeros(keep, zero_acc)
-                                    outputs(
-                                        prob_pair, v_code_tile, v_scale_tile, v_zero_tile, vw,
-                                        place, acc, zero_acc,
+                                    add_tile(
+                                        score, keep, prob_pair, lift, values, vw, place, ref,
+                                        total, acc, zero_acc,
                                     )  # fmt: skip
-                            totals = T.sblock_alloc_buffer((LANES, 2), "float32")
-                            sum_up(total, totals)
-                            store_stat(ref, totals, vw, warp_ref, warp_sum)
-                            zero_of = T.sblock_alloc_buffer((LANES, N_v, 2), "float32")
-                            for g, lane, e in T.grid(N_v, LANES, 2):
-                                with T.sblock("zero_of"):
-                                    vg, vl, ve = T.axis.remap("SSS", [g, lane, e])
-                                    zero_of[vl, vg, ve] = zero_acc[
-                                        vg % QUERIES * 4 + vl % 4, vg // QUERIES * 2 + ve
-                                    ]
-                            store_sums(
-                                lambda t, lane, e: (
-                                    acc[lane, t * 4 + e] * T.float32(CODE_UNIT)
-                                    + zero_of[lane, tile.channel(t, 0) // G_v, e % 2]
-                                ),
-                                vw,
-                                warp_acc,
-                            )
+                            store_state(ref, total, acc, zero_acc, vw, warp_ref, warp_sum, warp_acc)
                     for m in range(M):
                         with T.sblock("store_stat"):
                             vm = T.axis.spatial(M, m)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -12,6 +15,33 @@ from kivi_tvm.ops.softmax_half import add
 PARTS = 2  # that are loaded at once
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """At most `count` partial results of the queries of a tile, and the regions they are in.
+
+    `ref(query, entry)` and `mass(query, entry)` are what the sum and the accumulator `acc(query,
+    entry, channel)` are for, and the sum.
+    """
+
+    count: Any
+    regions: tuple[Any, ...]
+    ref: Callable[[Any, Any], Any]
+    mass: Callable[[Any, Any], Any]
+    acc: Callable[[Any, Any, Any], Any]
+
+
+def stored_parts(part_acc: Any, part_stat: Any, row: Any, first: Any, M: int) -> Parts:
+    """Those of the `M` queries of a row from `first` on, as `attend` stores them."""
+    _, _, X, D = part_acc.shape
+    return Parts(
+        X,
+        (part_acc[row, first : first + M, 0:X, 0:D], part_stat[row, first : first + M, 0:X, 0:2]),
+        lambda query, entry: part_stat[row, first + query, entry, 0],
+        lambda query, entry: part_stat[row, first + query, entry, 1],
+        lambda query, entry, channel: part_acc[row, first + query, entry, channel],
+    )
+
+
 def part_blocks(tile: FullTile, M: int, sums: int):
     """Fold every so many-th partial result into a sum, as if it were a token.
 
@@ -19,7 +49,7 @@ def part_blocks(tile: FullTile, M: int, sums: int):
 
         m = max_x m_x,  l = sum_x l_x 2^(m_x - m),  acc = sum_x acc_x 2^(m_x - m)
     """
-    D, N, BLOCKS, APART = tile.head_dim, PARTS, tile.value_blocks, tile.channels_apart
+    N, BLOCKS, APART = PARTS, tile.value_blocks, tile.channels_apart
 
     def folded(combine, first, of_part):
         """What there is combined with something of every part that is loaded at once."""
@@ -30,16 +60,11 @@ def part_blocks(tile: FullTile, M: int, sums: int):
         return (turn * N + number) * sums + own, lane % 4 * 2 + e
 
     @T.macro
-    def fold(part_acc, part_stat, row, first, entries, own, ref, total, acc):
-        X = T.meta_var(part_acc.shape[2])
+    def fold(parts, entries, own, ref, total, acc):
         for c in T.serial(T.max(0, T.ceildiv(T.ceildiv(entries[0] - own, sums), N))):
             with T.sblock("parts"):
-                vc = T.axis.opaque(T.ceildiv(X, sums * N), c)
-                T.reads(
-                    part_acc[row, first : first + M, 0:X, 0:D],
-                    part_stat[row, first : first + M, 0:X, 0:2],
-                    entries[0],
-                )
+                vc = T.axis.opaque(T.ceildiv(parts.count, sums * N), c)
+                T.reads(*parts.regions, entries[0])
                 # Declared as written only: an update in place is not scheduled.
                 T.writes(
                     ref[0:LANES, 0:2],
@@ -58,9 +83,7 @@ def part_blocks(tile: FullTile, M: int, sums: int):
                         entry, query = T.meta_var(place(vc, vn, own, vl, ve))
                         near[vl, vn, ve, vy, vo] = T.if_then_else(
                             T.And(entry < entries[0], query < M),
-                            part_acc[
-                                row, first + query, entry, (vy * QUERIES + vl // 4) * APART + vo
-                            ],
+                            parts.acc(query, entry, (vy * QUERIES + vl // 4) * APART + vo),
                             T.float32(0),
                         )
                 for n, e, lane in T.grid(N, 2, LANES):
@@ -69,7 +92,7 @@ def part_blocks(tile: FullTile, M: int, sums: int):
                         entry, query = T.meta_var(place(vc, vn, own, vl, ve))
                         level[vl, vn, ve] = T.if_then_else(
                             T.And(entry < entries[0], query < M),
-                            part_stat[row, first + query, entry, 0],
+                            parts.ref(query, entry),
                             T.min_value("float32"),
                         )
                 # The lanes `g` of a query sum up in the end: the first has it for all.
@@ -79,7 +102,7 @@ def part_blocks(tile: FullTile, M: int, sums: int):
                         entry, query = T.meta_var(place(vc, vn, own, vl, ve))
                         mass[vl, vn, ve] = T.if_then_else(
                             T.And(T.And(entry < entries[0], query < M), vl // 4 == 0),
-                            part_stat[row, first + query, entry, 1],
+                            parts.mass(query, entry),
                             T.float32(0),
                         )
                 for lane, e in T.grid(LANES, 2):

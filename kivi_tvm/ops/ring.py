@@ -19,19 +19,15 @@ def slot_of(oldest: Any, count: Any, token: Any, ring: Any) -> Any:
     return at - T.Select(at >= ring, ring, 0)
 
 
-def row_blocks(key: KernelKey):
-    """`slot`, `oldest` and `count` of a row's window, and its partial results, `entries`.
+def window_blocks():
+    """`slot`, `oldest` and `count` of a row's window, and what they are found from.
 
-    A row that is not there has no tokens and no entries, in slot 0. What is used twice is computed
-    once: a load is not merged with another beyond a condition.
+    A row that is not there has no tokens, in slot 0. What is used twice is computed once: a load is
+    not merged with another beyond a condition.
     """
 
     @T.macro
-    def find(state, slots, row, ring, split, slot, oldest, count, entries):
-        given = T.sblock_alloc_buffer((1,), "int32")
-        length = T.sblock_alloc_buffer((1,), "int32")
-        packed = T.sblock_alloc_buffer((1,), "int32")
-        part = T.sblock_alloc_buffer((1,), "int32")  # packed tokens of a partial result
+    def find(state, slots, row, ring, given, slot, length, packed, oldest, count):
         with T.sblock("given"):
             given[0] = slots[row]
         with T.sblock("slot"):
@@ -44,6 +40,24 @@ def row_blocks(key: KernelKey):
             oldest[0] = packed[0] % ring
         with T.sblock("count"):
             count[0] = T.Select(given[0] >= 0, length[0] - packed[0], 0)
+
+    return find
+
+
+def row_blocks(key: KernelKey):
+    """`slot`, `oldest` and `count` of a row's window, and its partial results, `entries`.
+
+    A row that is not there has no entries.
+    """
+    find_window = window_blocks()
+
+    @T.macro
+    def find(state, slots, row, ring, split, slot, oldest, count, entries):
+        given = T.sblock_alloc_buffer((1,), "int32")
+        length = T.sblock_alloc_buffer((1,), "int32")
+        packed = T.sblock_alloc_buffer((1,), "int32")
+        part = T.sblock_alloc_buffer((1,), "int32")  # packed tokens of a partial result
+        find_window(state, slots, row, ring, given, slot, length, packed, oldest, count)
         with T.sblock("part"):
             part[0] = split_tokens(key, packed[0], split, T.Select)
         with T.sblock("entries"):

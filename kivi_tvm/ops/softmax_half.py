@@ -62,13 +62,13 @@ def add(a: Any, b: Any) -> Any:
     return a + b
 
 
-def query_load_block(D: int, M: int, spans: int, each: int):
+def query_load_block(D: int, M: int, spans: int, each: int, name: str = "q_load"):
     """The channels of `M` queries that a lane has in operands, `q_load [lane, span, each]`."""
 
     @T.macro
     def load(q, b, row, q_load):
         for s, lane, o in T.grid(spans, LANES, each):
-            with T.sblock("q_load"):
+            with T.sblock(name):
                 vs, vl, vo = T.axis.remap("SSS", [s, lane, o])
                 run = T.meta_var(T.min(4 * vs + vl % 4, D // each - 1))
                 q_load[vl, vs, vo] = q[b, row + T.min(vl // 4, M - 1), run * each + vo]

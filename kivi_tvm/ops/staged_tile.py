@@ -140,25 +140,31 @@ def copy_tile_blocks(key: KernelKey, prefix: str):
     return copy_tile
 
 
-def pages_block(name: str, key: KernelKey):
+def pages_block(name: str, key: KernelKey, early: bool = False):
     """The pages of the pieces of a tile, `pages [pieces]`, in a block `name`.
 
     Of a tile that is not there, and of a piece without tokens, page 0. `left` are the tokens of the
-    split from the tile's first one on.
+    split from the tile's first one on. With `early` they are loaded before it is known whether they
+    are there, wherever the table has a place.
     """
     P, pieces = key.page_size, HalfTile(key).pieces
     size = TOKENS // pieces
+
+    def page_of(page_table, slot, token, there):
+        """The page of a token that is there."""
+        row, at, places = slot[0], token // P, page_table.shape[1]
+        if not early:
+            return T.if_then_else(there, page_table[row, at], 0)
+        return T.Select(there, T.if_then_else(at < places, page_table[row, at], 0), 0)
 
     @T.macro
     def look_up(holds, known, page_table, slot, token, left, pages):
         with T.sblock(name):
             T.reads(page_table[slot[0], 0 : page_table.shape[1]], *known)
             T.writes(*regions((pages,)))
-            pages[0] = T.if_then_else(holds, page_table[slot[0], token // P], 0)
+            pages[0] = page_of(page_table, slot, token, holds)
             if pieces > 1:
-                pages[1] = T.if_then_else(
-                    T.And(holds, size < left), page_table[slot[0], (token + size) // P], 0
-                )
+                pages[1] = page_of(page_table, slot, token + size, T.And(holds, size < left))
 
     return look_up
 

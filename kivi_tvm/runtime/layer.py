@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 # What ends a step on a GPU, by the heads of all rows for each of its multiprocessors: `combine_few`
 # with at most so many query heads, `combine_batch` from so many KV heads on, else `combine_window`.
-# Each was the fastest there on an H100; which of them it is changes no bit.
-FEW_HEADS, BATCH_HEADS = 4, 4
+# `attend_batch` is a whole step of so many KV heads, of rows that are one part each. Each was the
+# fastest there on an H100; which of them it is changes no bit.
+FEW_HEADS, BATCH_HEADS, WHOLE_HEADS = 4, 4, 3
 # Windows before a step: (name, slots, copy of what they held).
 Saved = Sequence[tuple[str, list[int], Tensor]]
 NOTHING: Saved = ()
@@ -76,13 +77,17 @@ class CacheLayer:
         self._append_args = _frozen(*keys, *values, k_ring, v_ring, k_exact, *tables)
         self._attend_args = _frozen(*keys, *values, *tables, rows.slots)
         self._window_args = _frozen(k_ring, v_ring, rows.state, rows.slots)
+        self._batch_args = (*self._attend_args[:7], *self._window_args)
         self._row_args = _frozen(rows.state, rows.slots)
         self._takes_lines = False
-        self._combine_window = None
+        self._combine_window = self._attend_batch = None
         if cache.device.type == "cuda":
             # a launch costs more than the window does
             self._combine_window = cache.kernels[self._name_of_combine_window()]
             self._takes_lines = cache.module.manifest["compute"] == "half"
+            there = "attend_batch" in cache.module.manifest["sources"]
+            if there and self._heads_each() >= WHOLE_HEADS and not rows.sink_tokens:
+                self._attend_batch = cache.kernels["attend_batch"]
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -98,12 +103,17 @@ class CacheLayer:
     def _name_of_combine_window(self) -> str:
         """The function that attends to the windows of so many rows fastest."""
         cache, there = self.cache, self.cache.module.manifest["sources"]
-        rows, places = len(cache.rows), processors(cache.device)
-        if "combine_few" in there and rows * cache.cfg.H <= FEW_HEADS * places:
+        heads = self._heads_each()
+        if "combine_few" in there and heads * cache.cfg.M <= FEW_HEADS:
             return "combine_few"
-        if "combine_batch" in there and rows * cache.cfg.H_kv >= BATCH_HEADS * places:
+        if "combine_batch" in there and heads >= BATCH_HEADS:
             return "combine_batch"
         return "combine_window"
+
+    def _heads_each(self) -> float:
+        """KV heads of all rows for each multiprocessor of the GPU."""
+        cache = self.cache
+        return len(cache.rows) * cache.cfg.H_kv / processors(cache.device)
 
     def prefill(
         self,
@@ -246,24 +256,33 @@ class CacheLayer:
             # `attend` begins with what was there before `append`
             queries = in_lines(q) if self._takes_lines else q
             self._append(k_new.unsqueeze(2), v_new.unsqueeze(2))
-            kernels, space = cache.kernels, cache.workspace
-            parts, work = space.parts, space.work
-            if work is not None:
-                kernels["attend"](*self._attend_args, work, queries, scale, *parts)
-            if self._combine_window and not self._sink_args:
-                rest = (space.split, *parts, out, lse)
-                self._combine_window(*self._window_args, queries, scale, *rest)
+            if self._attend_batch and cache.workspace.one_part:
+                self._attend_batch(*self._batch_args, queries, scale, out, lse)
             else:
-                kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
-                if self._sink_args:
-                    kernels["attend_window"](*self._sink_args, q, scale, 2, *parts)
-                kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
+                self._attend_parts(q, queries, scale, out, lse)
         except BaseException:
             self._put_windows(saved)
             cache.abandon(began)
             raise
         cache.leave(self.index)
         return (out, lse) if return_lse else out
+
+    def _attend_parts(
+        self, q: Tensor, queries: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Attention of `q`, of which `queries` may be a copy: first to the splits of every row."""
+        kernels, space = self.cache.kernels, self.cache.workspace
+        parts, work = space.parts, space.work
+        if work is not None:
+            kernels["attend"](*self._attend_args, work, queries, scale, *parts)
+        if self._combine_window and not self._sink_args:
+            rest = (space.split, *parts, out, lse)
+            self._combine_window(*self._window_args, queries, scale, *rest)
+        else:
+            kernels["attend_window"](*self._window_args, q, scale, 1, *parts)
+            if self._sink_args:
+                kernels["attend_window"](*self._sink_args, q, scale, 2, *parts)
+            kernels["combine"](*self._row_args, space.split, space.tail, *parts, out, lse)
 
     def _save_windows(self) -> Saved:
         """Copies of all that the open step overwrites of what rows held before it.

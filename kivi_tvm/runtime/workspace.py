@@ -32,6 +32,8 @@ class Workspace:
         As `combine` takes them: `split` is the most that one part of a row has.
     parts : tuple
         What the kernels take: accumulators `[B, H n, X, D]` and statistics `[B, H n, X, 2]`.
+    one_part : bool
+        Whether the packed tokens of every row are one part, and will be in the next `R` steps.
     work : object or None
         What `attend` takes, `int32 [n, 2]` of (row, split); None on CPUs while nothing is packed.
     """
@@ -52,6 +54,7 @@ class Workspace:
         self._planned: tuple[int, ...] = ()
         self._items = torch.empty(0, 2, dtype=torch.int32)
         self.work: object | None = None
+        self.one_part = False
         # On a GPU never without any: what follows `attend` begins before it ends, and must know
         # that everything before it has ended (`schedules/gpu/combine_window.py`).
         self._allocate(0 if self._listed else 1)
@@ -73,6 +76,7 @@ class Workspace:
         if (most := max(splits)) > self.capacity:
             self._allocate(most if self._listed else most + 1 + most // SPARE)
         if not self._listed:
+            self.one_part = max(packed) + self._cfg.R <= layout.one_part_tokens(self._key)
             return
         plan = (threads, *splits)
         if plan != self._planned:

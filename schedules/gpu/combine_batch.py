@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 
 from kivi_tvm.config import KernelKey
-from kivi_tvm.ops.combine_window_half import FEW
+from kivi_tvm.ops.window_sums import FEW
 from kivi_tvm.schedules.gpu import combine_window_half as one_row
 from kivi_tvm.schedules.gpu.combine_window import beginning
 from kivi_tvm.schedules.gpu.combine_window_half import offers

@@ -13,9 +13,10 @@ from tolerance import assert_close, limit
 
 from kivi_tvm import build
 from kivi_tvm.config import TILE_TOKENS
+from kivi_tvm.layout import one_part_tokens
 from kivi_tvm.reference import ReferenceCache
 from kivi_tvm.runtime.devices import processors
-from kivi_tvm.runtime.layer import BATCH_HEADS, FEW_HEADS
+from kivi_tvm.runtime.layer import BATCH_HEADS, FEW_HEADS, WHOLE_HEADS
 
 pytestmark = pytest.mark.cuda
 SHORT_WINDOWS = [replace(cfg, residual_length=32) for cfg in HALF if cfg.key_group_size <= 32]
@@ -133,6 +134,57 @@ def test_batches_give_the_bits_of_few_rows(name, heads, cfg):
         step = (x.cuda().repeat_interleave(times, 0) for x in given)
         for one, all_rows in zip(few[i], cache.decode(*step, return_lse=True), strict=True):
             assert_same_bits(all_rows.cpu(), one.cpu().repeat_interleave(times, 0), f"step {i}")
+
+
+def batched(cfg, lengths, steps, heads):
+    """A cache with every row so many times that a GPU has `heads` KV heads to a multiprocessor."""
+    cache, inputs = prefilled(cfg, lengths, steps)
+    times = 1 + heads * processors(torch.device("cuda")) // (len(lengths) * cfg.H_kv)
+    cache.repeat(times)
+    given = (inputs.q, inputs.k_new, inputs.v_new)
+    return (
+        cache,
+        times,
+        [[x[i].cuda().repeat_interleave(times, 0) for x in given] for i in range(steps)],
+    )
+
+
+@pytest.mark.parametrize("cfg", BATCHED, ids=config_id)
+def test_batches_of_short_rows_give_the_bits_of_few_rows(cfg):
+    """One kernel attends to all that they have, until one of them is too long."""
+    longest, steps = one_part_tokens(cfg.kernel_key()), cfg.R + 3
+    lengths = [longest - cfg.R, 17, cfg.R, longest // 2]
+    cache, inputs = prefilled(cfg, lengths, steps)
+    few = [decoded(cache, inputs, i) for i in range(steps)]
+    cache, times, given = batched(cfg, lengths, steps, WHOLE_HEADS)
+    assert cache.layer(0)._attend_batch is cache.kernels["attend_batch"]
+    at_once = 0
+    for i in range(steps):
+        out, lse = cache.decode(*given[i], return_lse=True)
+        at_once += cache.workspace.one_part
+        for one, all_rows in zip(few[i], (out, lse), strict=True):
+            assert_same_bits(all_rows.cpu(), one.cpu().repeat_interleave(times, 0), f"step {i}")
+    assert 0 < at_once < steps
+
+
+@pytest.mark.parametrize("cfg", BATCHED[:2], ids=config_id)
+def test_a_batch_of_short_rows_in_a_graph(cfg):
+    lengths = [10 * cfg.G_k + 2, 17]
+    cache, _, given = batched(cfg, lengths, 4, WHOLE_HEADS)
+    want = [cache.decode(*given[i]) for i in range(4)]
+    cache, _, given = batched(cfg, lengths, 4, WHOLE_HEADS)
+    cache.decode(*given[0])
+    assert cache.workspace.one_part
+    static, out = [x.clone() for x in given[1]], torch.empty_like(want[1])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.decode(*static, out=out)
+    for i in (1, 2, 3):
+        for held, new in zip(static, given[i], strict=True):
+            held.copy_(new)
+        graph.replay()
+        assert_same_bits(out.cpu(), want[i].cpu(), f"step {i}")
 
 
 @pytest.mark.parametrize("length", [2500, 4300])

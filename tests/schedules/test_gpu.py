@@ -21,8 +21,12 @@ from kivi_tvm.occupancy import PARTITIONS, occupancy
 from kivi_tvm.targets import SHARED_BYTES, hardware
 
 WAIT, RELEASE = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
-RELEASING = "append_kernel", "attend_kernel", "extend_attend_kernel"
+RELEASING = "append_kernel", "attend_batch_kernel", "attend_kernel", "extend_attend_kernel"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+# States of packed tokens beside their tiles, and among them.
+LAUNCHED = [
+    KiviConfig(128, 32, n, bits, bits, compute="half") for n, bits in ((8, 2), (4, 2), (8, 4))
+]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
@@ -119,24 +123,38 @@ def test_occupancy(cfg, tmp_path):
             assert held.groups >= int(groups) or held.limit != "registers", f"{name}: {held}"
 
 
+@pytest.mark.parametrize("cfg", LAUNCHED, ids=config_id)
+def test_shared_memory_that_tvm_can_launch(cfg):
+    """TVM asks for more than the default if the part that is not declared is larger alone."""
+    for architecture in ("sm_80", "sm_90"):
+        key, name = cfg.kernel_key(), "attend_batch"
+        function = scheduled_function(name, key, cuda(architecture)).mod
+        source = compile_module(function, cuda(architecture)).mod.imports[0].inspect_source("cuda")
+        [asked] = asked_bytes(source).values()
+        fixed = sum(4 * int(n) for n in re.findall(r"__shared__ .*float \w+\[(\d+)\];", source))
+        assert asked >= SHARED_BYTES or asked + fixed <= SHARED_BYTES, architecture
+        assert asked + fixed <= hardware(cuda(architecture)).dynamic_bytes, architecture
+
+
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.skipif(not all(map(find_program, PROGRAMS)), reason="needs cuobjdump and nvdisasm")
 @pytest.mark.parametrize("cfg", [FEW[0], HALF[0]], ids=config_id)
 def test_what_is_loaded_before_earlier_kernels_have_ended(cfg):
-    """Nothing, but by four kernels from the second-level cache, where all is that was written.
+    """Nothing, but by five kernels from the second-level cache, where all is that was written.
 
-    `attend` of mode "half" waits and releases within; where it ends, for threads that have not, or
-    where it begins, for queries that may just have been written.
+    `attend` of mode "half" and `attend_batch` wait and release within; where they end, for threads
+    that have not, or where the first begins, for queries that may just have been written.
     """
     kernels = instructions(source_of(cfg.kernel_key()), "sm_90")
     assert len(kernels) == len(functions(cfg.kernel_key(), cuda()))
     half = cfg.compute == "half"
-    others = ("attend_kernel", "combine_batch_kernel", "combine_few_kernel")
+    within = ("attend_kernel", "attend_batch_kernel")
+    others = (*within, "combine_batch_kernel", "combine_few_kernel")
     loading = {"combine_window_kernel", *others * half}
     for kernel, names in kernels.items():
         waits = [at for at, name in enumerate(names) if name == WAIT]
-        twice = half and kernel in ("attend_kernel", "extend_attend_kernel")
+        twice = half and kernel in (*within, "extend_attend_kernel")
         assert len(waits) == 1 + twice, kernel
         accesses = [
             name for name in names[: waits[0]] if name.startswith(("LD", "ST", "RED", "ATOM"))

@@ -101,6 +101,7 @@ def test_accepts_the_default_kernel_and_rejects_wrong_ones(function, workload):
     [
         "append",
         "attend",
+        "attend_batch",
         "extend_attend",
         "combine",
         "combine_batch",

@@ -18,6 +18,7 @@ _MAKERS: dict[str, Callable[[Task], Case]] = {
     "advance": storage.advance,
     "append": storage.append,
     "attend": attention.attend,
+    "attend_batch": merge.attend_batch,
     "attend_window": attention.attend_window,
     "combine": merge.combine,
     "combine_batch": merge.combine_batch,

@@ -1,4 +1,4 @@
-"""Cases of what merges partial results, with or without the window, against float64."""
+"""Cases of what ends a step: partial results merged, or all at once, against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from kivi_tvm import reference
+from kivi_tvm import layout, reference
+from kivi_tvm.config import KiviConfig
 from kivi_tvm.ops.combine_few import has_few
 from kivi_tvm.tune.candidate import Task
 from kivi_tvm.tune.cases.attention import splits_of
@@ -22,11 +23,15 @@ from kivi_tvm.tune.cases.case import (
 )
 from kivi_tvm.tune.cases.inputs import (
     BATCH_HEADS,
+    KEYS,
     RINGS,
+    VALUES,
+    Lengths,
     Timed,
     draw,
     held,
     nbytes,
+    page_nbytes,
     repeated,
     token_nbytes,
 )
@@ -35,6 +40,8 @@ from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
 MIDDLE_HEADS = 256  # of all rows; an H100 calls neither `combine_few` nor `combine_batch` for them
+PAGES = (*KEYS, *VALUES)
+BATCH_NAMES = (*PAGES, "table", *RINGS, "state", "slots")
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
 
@@ -53,6 +60,25 @@ def combine(task: Task) -> Case:
 def combine_batch(task: Task) -> Case:
     """`combine_batch`: the same, timed on so many rows that it is called for them."""
     return _combine_window(task, BATCH_HEADS)
+
+
+def attend_batch(task: Task) -> Case:
+    """`attend_batch`: attention to packed tokens and the window, timed on a batch of short rows."""
+    cfg, longest = task.workload.cfg, layout.one_part_tokens(task.key)
+    lengths = [min(n, cfg.R + longest // 2) for n in task.workload.row_lengths]
+    found = Timed(task, repeated(task, lengths, BATCH_HEADS))
+    table, *state = found.tables()
+    q, results = found.queries(1), _results(found)
+    packed = [layout.packed_values(cfg, n) for n in found.lengths]
+    moved = page_nbytes(cfg, packed, PAGES) + nbytes(q, *results)
+    moved += 2 * token_nbytes(cfg, sum(found.lengths) - sum(packed))
+    start = [*found.pages(PAGES), table, *found.rings(), *state, q, scalar(cfg.D**-0.5)]
+    R = cfg.R
+    checks = [
+        _check_batch(task, [R + longest, None, R + 1, R + 31, 0, R, R + 450], "normal"),
+        _check_batch(task, [R + 33, R - 1, R + 200], "outlier"),
+    ]
+    return Case(task.id, task.function, checks, [Call([*start, *results])], moved)
 
 
 def combine_few(task: Task) -> Case:
@@ -100,6 +126,26 @@ def _check(task: Task, spread: float, tail: int) -> Call:
     return merged.call([*held(pool, ("state", "slots")), *scalars])
 
 
+def _check_batch(task: Task, lengths: Lengths, data: str) -> Call:
+    cfg, inputs = draw(task, lengths, data)
+    pool, q, scale = Pool(cfg, lengths), inputs.q[0], cfg.D**-0.5
+    pool.store_keys(inputs.k)
+    pool.store_values(inputs.v)
+    pool.store_rings(inputs.k, inputs.v, write_back=False)
+    outputs = Outputs(cfg, len(lengths))
+    for row, _, length in pool.active():
+        n = layout.packed_values(cfg, length)
+        k, v = pool.dense_keys(inputs.k, row)[:, :n], pool.dense_values(inputs.v, row)
+        near = (x[row, :, n:length].double() for x in (inputs.k, inputs.v))
+        k, v = (torch.cat(each, 1) for each in zip((k.double(), v.double()), near))
+        if length:
+            out, lse = reference.attention(q[row].double(), k, v, scale)
+            worst = (q[row].double().reshape(cfg.H_kv, -1, cfg.D) @ k.mT * scale).abs().max()
+            outputs.expect_output(row, out, lse, worst.item(), cfg.compute_mode())
+    queries = tensor(strided_queries(q, task.key.compute))
+    return outputs.call([*held(pool, BATCH_NAMES), queries, scalar(scale)])
+
+
 def _check_window(task: Task, spread: float, data: str) -> Call:
     cfg, inputs = draw(task, _lengths(task), data)
     pool, q, scale = Pool(cfg, _lengths(task)), inputs.q[0], cfg.D**-0.5
@@ -115,7 +161,42 @@ def _check_window(task: Task, spread: float, data: str) -> Call:
     return merged.call([*start, scalar(task.key.split_tokens)])
 
 
-class Merged:
+class Outputs:
+    """What a function must give for `B` rows; those that nothing is expected of, 0 and -inf."""
+
+    def __init__(self, cfg: KiviConfig, B: int) -> None:
+        self._dtype = getattr(torch, cfg.dtype)
+        self._group = torch.full((B, cfg.H), UNTOUCHED)
+        self._out = torch.zeros(B, cfg.H, cfg.D, dtype=torch.float64)
+        self._lse = torch.zeros(B, cfg.H, dtype=torch.float64)
+        self._limits: list[tuple[float, float]] = []
+
+    def expect_output(
+        self, row: int, out: Tensor, lse: Tensor, max_score: float, compute: str = "float"
+    ) -> None:
+        """The row's output `[H, D]` and log-sum-exp `[H]`, computed in a mode."""
+        self._out[row], self._lse[row] = out, lse
+        self._group[row] = len(self._limits)
+        dtypes = self._dtype, torch.float32
+        out_limit, lse_limit = (limit(dtype, max_score, compute) for dtype in dtypes)
+        self._limits.append((out_limit, lse_limit))
+
+    def call(self, start: list[Argument]) -> Call:
+        """The call with `start`."""
+        out, lse = poisoned(self._out.shape, self._dtype), poisoned(self._lse.shape, torch.float32)
+        results = [
+            tensor(strided(out), torch.zeros_like(out)),
+            tensor(lse, torch.full_like(lse, -math.inf)),
+        ]
+        n = len(start)
+        rules = [
+            {"of": [n + i], "group": self._group, "limits": list(limits), "expected": [expected]}
+            for i, (limits, expected) in enumerate(zip(zip(*self._limits), (self._out, self._lse)))
+        ]
+        return Call([*start, *results], rules)
+
+
+class Merged(Outputs):
     """Partial results of the splits of a pool's rows, and what their merging must give.
 
     Parameters
@@ -129,16 +210,13 @@ class Merged:
     """
 
     def __init__(self, task: Task, pool: Pool, spread: float, tail: int = 0) -> None:
-        cfg, self._dtype = pool.cfg, getattr(torch, pool.cfg.dtype)
-        B, H, D = len(pool.lengths), cfg.H, cfg.D
+        cfg, B = pool.cfg, len(pool.lengths)
+        H, D = cfg.H, cfg.D
+        super().__init__(cfg, B)
         self._counts = splits_of(task, cfg, pool.lengths)
         self._entries, self._tail = max(self._counts) + 1 + tail, tail
         self._drawn = _drawn((B, H, self._entries), D, spread)
         self._given = tuple(torch.full_like(x, math.nan) for x in self._drawn)
-        self._group = torch.full((B, H), UNTOUCHED)
-        self._out = torch.zeros(B, H, D, dtype=torch.float64)
-        self._lse = torch.zeros(B, H, dtype=torch.float64)
-        self._limits: list[tuple[float, float]] = []
 
     def expect(self, row: int, further: Parts | None = None, max_score: float = 0.0) -> None:
         """The row has its own partial results, and `further` ones."""
@@ -149,23 +227,11 @@ class Merged:
         acc, stat = (x[row, :, entries].double() for x in self._drawn)
         if further is not None:
             acc, stat = (torch.cat(each, 1) for each in zip((acc, stat), further))
-        self._out[row], self._lse[row] = _merged(acc, stat)
-        self._group[row] = len(self._limits)
-        self._limits.append((limit(self._dtype), limit(torch.float32, max_score)))
+        self.expect_output(row, *_merged(acc, stat), max_score)
 
     def call(self, start: list[Argument]) -> Call:
-        """The call with `start`; rows that nothing is expected of give 0 and -inf."""
-        out, lse = poisoned(self._out.shape, self._dtype), poisoned(self._lse.shape, torch.float32)
-        results = [
-            tensor(strided(out), torch.zeros_like(out)),
-            tensor(lse, torch.full_like(lse, -math.inf)),
-        ]
-        n = len(start) + 2
-        rules = [
-            {"of": [n + i], "group": self._group, "limits": list(limits), "expected": [expected]}
-            for i, (limits, expected) in enumerate(zip(zip(*self._limits), (self._out, self._lse)))
-        ]
-        return Call([*start, *map(tensor, self._given), *results], rules)
+        """The call with `start` and the partial results."""
+        return super().call([*start, *map(tensor, self._given)])
 
 
 def _drawn(shape: tuple[int, ...], D: int, spread: float) -> Parts:
