@@ -2,12 +2,13 @@
 
     python tools/gpu_check.py FOLDER --commit $(git rev-parse --short HEAD)
 
-needs torch with CUDA, transformers, pytest, nvcc, compute-sanitizer and no network. One stage
-after the other, each a process of its own with a time limit; what it printed is in STAGE.log:
+needs torch with CUDA, transformers, pytest, nvcc, compute-sanitizer and no network. Stages are
+processes of their own with time limits; what they printed is in STAGE.log:
 
     tests      tests of operators and caches on the GPU, against the reference     checks.jsonl
     memcheck, racecheck, synccheck
                compute-sanitizer on steps of some configurations                   checks.jsonl
+    build      compiles what is measured (gpu_build.py), beside the sanitizers
     steps      a layer's decode step beside 16-bit attention (gpu_steps.py)        steps.jsonl
     models     decoding with whole models at equal memory (gpu_decode.py)          models.jsonl
 
@@ -25,6 +26,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -43,10 +46,14 @@ SANITIZED = (
     "Hkv1-D128-M4-k2v8-g32x16-P64-float16-half-R96 or Hkv2-D64-M8-k2v2-g32x64-P96-float16-half-R96 "
     "or Hkv2-D128-M8-k4v8-g16x128-P96-float32-R48 or test_a_finished or graph"
 )
+CHECKS = "tests", *SANITIZERS
 COUNTED = "tests", "failures", "errors", "skipped"
 FOUND = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 SCRIPTS = {"steps": "gpu_steps.py", "models": "gpu_decode.py"}
-LIMITS_S = {"tests": 280, **dict.fromkeys(SANITIZERS, 60), "steps": 400, "models": 280}
+LIMITS_S = {
+    "tests": 280, **dict.fromkeys(SANITIZERS, 120), "build": 160, "steps": 400, "models": 280,
+}  # fmt: skip
+GROUPS = ("tests",), (*SANITIZERS, "build"), ("steps",), ("models",)  # of stages at once
 
 
 def pytest(*arguments: str) -> list[str]:
@@ -68,6 +75,8 @@ def command_of(stage: str, folder: Path, commit: str) -> list[str]:
     if stage in SANITIZERS:
         tool = ["compute-sanitizer", "--tool", stage, "--error-exitcode", "9"]
         return [*tool, *pytest("tests/runtime/test_cuda.py", "-x", "-k", SANITIZED)]
+    if stage == "build":
+        return [sys.executable, str(ROOT / "tools" / "gpu_build.py")]
     script = str(ROOT / "tools" / SCRIPTS[stage])
     return [sys.executable, script, str(folder / f"{stage}.jsonl"), "--commit", commit]
 
@@ -106,6 +115,14 @@ def run(stage: str, folder: Path, commit: str) -> dict[str, object]:
     return {"check": stage, "seconds": round(time.monotonic() - start, 1), **found}
 
 
+def results(stages: Collection[str], folder: Path, commit: str) -> Iterator[dict[str, object]]:
+    """Run stages, those of a group at once; how each ended."""
+    for group in GROUPS:
+        asked = [stage for stage in group if stage in stages]
+        with ThreadPoolExecutor(len(GROUPS[1])) as pool:
+            yield from pool.map(lambda stage: run(stage, folder, commit), asked)
+
+
 def main() -> None:
     """Run the stages that are asked for."""
     parser = argparse.ArgumentParser(
@@ -122,10 +139,9 @@ def main() -> None:
     if "tests" in args.only:
         (folder / "tests.xml").unlink(missing_ok=True)  # of an earlier run
     with (folder / "checks.jsonl").open("a", encoding="utf-8") as file:
-        for stage in args.only:
-            found = run(stage, folder, args.commit)
-            ended = found["exit_status"] is not None
-            if stage not in SCRIPTS and ended:
+        for found in results(args.only, folder, args.commit):
+            stage = str(found["check"])
+            if stage in CHECKS and found["exit_status"] is not None:
                 found |= result_of(stage, folder)
                 print(json.dumps(found | environment), file=file, flush=True)
             print(json.dumps(found), flush=True)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -98,6 +99,19 @@ def next_tokens(model: LlamaForCausalLM, ids: Tensor, position: Tensor, attend: 
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     logits: Tensor = model.lm_head(model.model.norm(x))
     return logits.argmax(-1)
+
+
+def config_of(kv_heads: int, window: int, page_size: int) -> KiviConfig:
+    """A cache that is measured."""
+    return KiviConfig(
+        D, 32, kv_heads, residual_length=window, dtype="bfloat16", page_size=page_size
+    )
+
+
+def configs() -> Iterator[KiviConfig]:
+    """Every cache that is measured."""
+    for shape, (*_, page_size), window in product(SHAPES.values(), SETTINGS, WINDOWS):
+        yield config_of(shape["num_key_value_heads"], window, page_size)
 
 
 def free() -> None:
@@ -200,9 +214,7 @@ def measured(model: LlamaForCausalLM, setting: Setting) -> Iterator[dict[str, An
         del attend
         free()
     for window in WINDOWS:
-        config = KiviConfig(
-            D, 32, kv_heads, residual_length=window, dtype="bfloat16", page_size=setting.page_size
-        )
+        config = config_of(kv_heads, window, setting.page_size)
         row = row_bytes(config, layers, setting.full_tokens)
         batch = setting.memory_bytes // row
         error = error_of(filled(config, 1, batch, setting.tokens))

@@ -229,10 +229,16 @@ def cases() -> Iterator[list[Case]]:
             yield found
 
 
+def configs() -> Iterator[KiviConfig]:
+    """Every cache that is measured."""
+    return (case.config for case in chain.from_iterable(cases()))
+
+
 def build_all(configs: Iterable[KiviConfig]) -> None:
     """Compile the kernels of all configurations side by side: each has a compiler of its own."""
+    by_kernels = {config.kernel_key(): config for config in configs}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(_build, configs))
+        list(pool.map(_build, by_kernels.values()))
 
 
 def _build(config: KiviConfig) -> None:
@@ -283,7 +289,7 @@ def main() -> None:
     """Write one line per case."""
     args = arguments(__doc__)
     environment = environment_of(args.commit, "kivi-tvm", "apache-tvm", "apache-tvm-ffi", "torch")
-    build_all(dict.fromkeys(case.config for case in chain.from_iterable(cases())))
+    build_all(configs())
     with args.output.open("w", encoding="utf-8") as file:
         for together in cases():
             bandwidth, peer = copy_gb_per_s(), peer_us(together[0])

@@ -40,6 +40,7 @@ from kivi_tvm.tune.measure import UNTOUCHED, poisoned
 from kivi_tvm.tune.pools import Pool
 
 MIDDLE_HEADS = 256  # of all rows; an H100 calls neither `combine_few` nor `combine_batch` for them
+WAVES = 4  # so many times a batch, so that it matters less how full a GPU is at the end
 PAGES = (*KEYS, *VALUES)
 BATCH_NAMES = (*PAGES, "table", *RINGS, "state", "slots")
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
@@ -66,7 +67,7 @@ def attend_batch(task: Task) -> Case:
     """`attend_batch`: attention to packed tokens and the window, timed on a batch of short rows."""
     cfg, longest = task.workload.cfg, layout.one_part_tokens(task.key)
     lengths = [min(n, cfg.R + longest // 2) for n in task.workload.row_lengths]
-    found = Timed(task, repeated(task, lengths, BATCH_HEADS))
+    found = Timed(task, repeated(task, lengths, WAVES * BATCH_HEADS))
     table, *state = found.tables()
     q, results = found.queries(1), _results(found)
     packed = [layout.packed_values(cfg, n) for n in found.lengths]
