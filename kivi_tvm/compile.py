@@ -270,14 +270,19 @@ def compile_kernels(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
     module = scheduled_module(key, target, tuned)
-    executable = compile_module(module, target, for_elsewhere=True)
     names = [name for name in functions(key, target) if name in module]
+    for name in functions(key, target).keys() - set(names):
+        notify(
+            f"{name} ({key.slug}) is left out: the tuned attend has other sums than by default, "
+            "with which it would give other bits"
+        )
+    executable = compile_module(module, target, for_elsewhere=True)
     return CompiledKernels(
         key,
         target,
         executable,
         sources={name: "tuned" if name in tuned else "default" for name in names},
-        tuning=used,
+        tuning={name: each for name, each in used.items() if name in names},
     )
 
 

@@ -44,7 +44,7 @@ def offers(op: str, hardware: Hardware, key: KernelKey) -> Offers:
 
 
 def fits(op: str, hardware: Hardware, key: KernelKey) -> bool:
-    """Whether a work-group of `op` finds room on the chip: all but some of mode "half" do."""
+    """Whether a work-group of `op` finds room on the chip; true if its schedule has no `fits`."""
     found: Callable[[KernelKey, Hardware], bool] | None
     found = getattr(_file(op, hardware), "fits", None)
     return found(key, hardware) if found else True

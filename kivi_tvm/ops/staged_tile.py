@@ -144,8 +144,8 @@ def pages_block(name: str, key: KernelKey, early: bool = False):
     """The pages of the pieces of a tile, `pages [pieces]`, in a block `name`.
 
     Of a tile that is not there, and of a piece without tokens, page 0. `left` are the tokens of the
-    split from the tile's first one on. With `early` they are loaded before it is known whether they
-    are there, wherever the table has a place.
+    split, or row, from the tile's first one on. With `early` they are loaded before it is known
+    whether they are there, wherever the table has a place.
     """
     P, pieces = key.page_size, HalfTile(key).pieces
     size = TOKENS // pieces

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,12 +82,12 @@ class CacheLayer:
         self._takes_lines = False
         self._combine_window = self._attend_batch = None
         if cache.device.type == "cuda":
+            manifest = cache.module.manifest
+            self._takes_lines = manifest["compute"] == "half"
             # a launch costs more than the window does
-            self._combine_window = cache.kernels[self._name_of_combine_window()]
-            self._takes_lines = cache.module.manifest["compute"] == "half"
-            there = "attend_batch" in cache.module.manifest["sources"]
-            if there and self._heads_each() >= WHOLE_HEADS and not rows.sink_tokens:
-                self._attend_batch = cache.kernels["attend_batch"]
+            ends, whole = self._functions_of_steps(manifest["sources"])
+            self._combine_window = cache.kernels[ends]
+            self._attend_batch = cache.kernels[whole] if whole else None
         # `extend` reads the history as it was before the step
         history = _frozen(rows.state_before, rows.slots)
         self._extend_attend_args = (*self._attend_args[:-2], *history)
@@ -100,20 +100,18 @@ class CacheLayer:
             self._extend_sink_args = _frozen(*sinks, rows.sink_state_before, rows.slots)
         self._lse = tvm_ffi.from_dlpack(cache.lse)
 
-    def _name_of_combine_window(self) -> str:
-        """The function that attends to the windows of so many rows fastest."""
-        cache, there = self.cache, self.cache.module.manifest["sources"]
-        heads = self._heads_each()
-        if "combine_few" in there and heads * cache.cfg.M <= FEW_HEADS:
-            return "combine_few"
-        if "combine_batch" in there and heads >= BATCH_HEADS:
-            return "combine_batch"
-        return "combine_window"
-
-    def _heads_each(self) -> float:
-        """KV heads of all rows for each multiprocessor of the GPU."""
+    def _functions_of_steps(self, there: Container[str]) -> tuple[str, str | None]:
+        """What ends a step of so many rows, and what is all of one if they are short enough."""
         cache = self.cache
-        return len(cache.rows) * cache.cfg.H_kv / processors(cache.device)
+        rows, places = len(cache.rows), processors(cache.device)
+        heads, whole = rows * cache.cfg.H_kv, None
+        if "attend_batch" in there and heads >= WHOLE_HEADS * places:
+            whole = None if cache.rows.sink_tokens else "attend_batch"
+        if "combine_few" in there and rows * cache.cfg.H <= FEW_HEADS * places:
+            return "combine_few", whole
+        if "combine_batch" in there and heads >= BATCH_HEADS * places:
+            return "combine_batch", whole
+        return "combine_window", whole
 
     def prefill(
         self,

@@ -33,7 +33,8 @@ class Workspace:
     parts : tuple
         What the kernels take: accumulators `[B, H n, X, D]` and statistics `[B, H n, X, 2]`.
     one_part : bool
-        Whether the packed tokens of every row are one part, and will be in the next `R` steps.
+        On a GPU in mode "half": whether the packed tokens of every row are one part, and will be
+        in the next `R` steps.
     work : object or None
         What `attend` takes, `int32 [n, 2]` of (row, split); None on CPUs while nothing is packed.
     """

@@ -33,10 +33,11 @@ SCALARS = (
     "none_taken", "after",
 )  # fmt: skip
 SYSTEM_BYTES = 1024  # of every work-group, besides
+MARGIN = 4096
 
 
 def fits(key: KernelKey, hardware: Hardware) -> bool:
-    """Whether there is room for the tiles and states of any number of warps."""
+    """Whether a work-group of one warp or more has room for its tiles and states."""
     return bool(_options(key, hardware))
 
 
@@ -100,12 +101,15 @@ def scope_of_states(sch: Schedule, packed: Blocks, window: Blocks) -> str:
     """Where the states of packed tokens are: apart from their tiles, if TVM can launch that.
 
     TVM takes the dynamic part as one, and lets warps wait for all others before they store what is
-    in it beside tiles that those may still read.
+    in it beside tiles that those may still read. It asks for more than a work-group has by default
+    if the dynamic part is larger alone, of which this knows the size to within `MARGIN`: rows lose
+    their last gaps, and what is not needed at once may leave holes.
     """
     tiles = [(packed[f"{FIRST}_{name}_line"], 0) for name in COPIES]
     states, sums = (nbytes(sch, written_states(blocks)) for blocks in (packed, window))
     asked = max(nbytes(sch, tiles), sums)
-    return "shared" if asked >= SHARED_BYTES or states + asked <= SHARED_BYTES else SCOPE
+    asks, fits_without = asked - MARGIN >= SHARED_BYTES, states + asked + MARGIN <= SHARED_BYTES
+    return "shared" if asks or fits_without else SCOPE
 
 
 def written_states(blocks: Blocks) -> list[tuple[SBlockRV, int]]:

@@ -1,17 +1,26 @@
 """Tuning records in builds: used for exactly their target, announced when stale or missing."""
 
+import json
 import shlex
 from dataclasses import replace
 
 import pytest
 from artifacts import CFG as AUTO
 from records import record
+from tvm.target import Target
 
-from kivi_tvm import build, database, targets
+from kivi_tvm import KiviConfig, build, database, targets
 from kivi_tvm import compile as compiling
 from kivi_tvm.cache_key import cache_name
-from kivi_tvm.compile import StaleRecord, compile_kernels, recorded_schedule, schedule_hash
+from kivi_tvm.compile import (
+    StaleRecord,
+    compile_kernels,
+    functions,
+    recorded_schedule,
+    schedule_hash,
+)
 from kivi_tvm.database import Found, publish
+from kivi_tvm.manifest import parse_manifest
 from kivi_tvm.ops import FUNCTIONS
 from kivi_tvm.runtime import tuned
 
@@ -187,3 +196,24 @@ def test_the_cache_name_follows_the_records(good):
     ]
     assert len({cache_name(KEY, target, (), digest) for digest in digests}) == len(digests)
     assert cache_name(KEY, target) == cache_name(KEY, target, (), Found().digest)
+
+
+def test_other_sums_of_attend_leave_attend_batch_out(monkeypatch):
+    """A record of its own, too, and it is said: with such sums it would give other bits."""
+    key = KiviConfig(128, 32, 8, compute="half").kernel_key()
+    target = Target({"kind": "cuda", "arch": "sm_90"}, host="llvm")
+    names = {name: functions(key, target)[name] for name in ("attend", "attend_batch")}
+    monkeypatch.setattr(compiling, "functions", lambda *_: names)
+    monkeypatch.setattr(compiling, "compile_module", lambda *_, **__: None)
+    given = [
+        record(name, decisions=taken, schedule_hash=schedule_hash(name, schedule))
+        for name, taken in (("attend", {"warps": 2}), ("attend_batch", {"at_once": 1}))
+        for schedule in [compiling.scheduled_function(name, key, target, taken)]
+    ]
+    for records, says in ((given, 1), (given[:1], 1), (given[1:], 0)):
+        said = []
+        kernels = compile_kernels(key, target, found(*records), said.append)
+        assert ["attend_batch" in line for line in said] == [True] * says
+        assert ("attend_batch" in kernels.sources) == (not says)
+        manifest, problems = parse_manifest(json.dumps(kernels.manifest().to_dict()))
+        assert manifest is not None, problems

@@ -18,14 +18,20 @@ from kivi_tvm.cuda_tools import PROGRAMS, compiled, disassembled, find_program
 from kivi_tvm.lowering import compile_module
 from kivi_tvm.machine_code import parse_sass
 from kivi_tvm.occupancy import PARTITIONS, occupancy
+from kivi_tvm.schedules.threads import WIDE_HEAD
 from kivi_tvm.targets import SHARED_BYTES, hardware
 
 WAIT, RELEASE = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 RELEASING = "append_kernel", "attend_batch_kernel", "attend_kernel", "extend_attend_kernel"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# States of packed tokens beside their tiles, and among them.
+# States of packed tokens beside their tiles, and among them, where estimates are near the limit.
 LAUNCHED = [
-    KiviConfig(128, 32, n, bits, bits, compute="half") for n, bits in ((8, 2), (4, 2), (8, 4))
+    KiviConfig(128, 32, 8, 2, 2, compute="half"),
+    KiviConfig(128, 32, 4, 2, 2, compute="half"),
+    KiviConfig(128, 32, 8, 4, 4, compute="half"),
+    KiviConfig(112, 64, 8, 2, 2, compute="half", group_size=16),
+    KiviConfig(128, 32, 8, 8, 2, compute="half", group_size=128),
+    *[pytest.param(cfg, marks=pytest.mark.slow) for cfg in HALF if cfg.D <= WIDE_HEAD],
 ]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 

@@ -178,9 +178,8 @@ class Outputs:
         """The row's output `[H, D]` and log-sum-exp `[H]`, computed in a mode."""
         self._out[row], self._lse[row] = out, lse
         self._group[row] = len(self._limits)
-        dtypes = self._dtype, torch.float32
-        out_limit, lse_limit = (limit(dtype, max_score, compute) for dtype in dtypes)
-        self._limits.append((out_limit, lse_limit))
+        of_lse = limit(torch.float32, max_score, compute)
+        self._limits.append((limit(self._dtype, compute=compute), of_lse))
 
     def call(self, start: list[Argument]) -> Call:
         """The call with `start`."""
