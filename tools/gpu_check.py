@@ -51,7 +51,7 @@ COUNTED = "tests", "failures", "errors", "skipped"
 FOUND = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 SCRIPTS = {"steps": "gpu_steps.py", "models": "gpu_decode.py"}
 LIMITS_S = {
-    "tests": 280, **dict.fromkeys(SANITIZERS, 120), "build": 160, "steps": 400, "models": 280,
+    "tests": 330, **dict.fromkeys(SANITIZERS, 120), "build": 160, "steps": 400, "models": 280,
 }  # fmt: skip
 GROUPS = ("tests",), (*SANITIZERS, "build"), ("steps",), ("models",)  # of stages at once
 
