@@ -5,14 +5,14 @@
 needs torch with CUDA, transformers, pytest, nvcc, compute-sanitizer and no network. Stages are
 processes of their own with time limits; what they printed is in STAGE.log:
 
+    build      compiles what the others run, on all processors (gpu_build.py)
     tests      tests of operators and caches on the GPU, against the reference     checks.jsonl
     memcheck, racecheck, synccheck
-               compute-sanitizer on steps of some configurations                   checks.jsonl
-    build      compiles what is measured (gpu_build.py), beside the sanitizers
+               compute-sanitizer on steps of some configurations, at once          checks.jsonl
     steps      a layer's decode step beside 16-bit attention (gpu_steps.py)        steps.jsonl
     models     decoding with whole models at equal memory (gpu_decode.py)          models.jsonl
 
-Takes about twelve minutes on an H100 beside 16 processors; `--only` runs some of the stages.
+Takes about ten minutes on an H100 beside 16 processors; `--only` runs some of the stages.
 Exits with 1 if a check failed or a stage did not end.
 """
 
@@ -51,9 +51,9 @@ COUNTED = "tests", "failures", "errors", "skipped"
 FOUND = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 SCRIPTS = {"steps": "gpu_steps.py", "models": "gpu_decode.py"}
 LIMITS_S = {
-    "tests": 330, **dict.fromkeys(SANITIZERS, 120), "build": 160, "steps": 400, "models": 280,
+    "build": 280, "tests": 330, **dict.fromkeys(SANITIZERS, 120), "steps": 400, "models": 280,
 }  # fmt: skip
-GROUPS = ("tests",), (*SANITIZERS, "build"), ("steps",), ("models",)  # of stages at once
+GROUPS = ("build",), ("tests",), SANITIZERS, ("steps",), ("models",)  # of stages at once
 
 
 def pytest(*arguments: str) -> list[str]:
@@ -119,7 +119,7 @@ def results(stages: Collection[str], folder: Path, commit: str) -> Iterator[dict
     """Run stages, those of a group at once; how each ended."""
     for group in GROUPS:
         asked = [stage for stage in group if stage in stages]
-        with ThreadPoolExecutor(len(GROUPS[1])) as pool:
+        with ThreadPoolExecutor(len(SANITIZERS)) as pool:
             yield from pool.map(lambda stage: run(stage, folder, commit), asked)
 
 
