@@ -270,8 +270,9 @@ def compile_kernels(
                     f"the tuning record of {name} ({key.slug}) is stale, {instead} instead: {error}"
                 )
     module = scheduled_module(key, target, tuned)
-    names = [name for name in functions(key, target) if name in module]
-    for name in functions(key, target).keys() - set(names):
+    everything = functions(key, target)
+    names = [name for name in everything if name in module]
+    for name in everything.keys() - set(names):
         notify(
             f"{name} ({key.slug}) is left out: the tuned attend has other sums than by default, "
             "with which it would give other bits"

@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from kivi_tvm.layout import DTYPE_BYTES
 from kivi_tvm.ops.fragments import LANES
 from kivi_tvm.ops.staged_tile import LINE_BYTES
+from kivi_tvm.schedules.early_launch import waiting
 from kivi_tvm.schedules.mma import registers
 
 SCOPE = "shared.dyn"  # more than the 48 KiB that kernels have without asking
@@ -146,14 +147,6 @@ def barrier(scope: str) -> str:
     name = f"kivi_tvm.barrier.{scope}"
 
     @T.prim_func(s_tir=True)
-    def description(handle: T.handle) -> None:
-        here = T.match_buffer(handle, (1,), "uint32", offset_factor=1, scope="local")
-        with T.sblock("root"):
-            T.reads()
-            T.writes(here[0])
-            here[0] = T.uint32(1)
-
-    @T.prim_func(s_tir=True)
     def implementation(handle: T.handle) -> None:
         here = T.match_buffer(handle, (1,), "uint32", offset_factor=1, scope="local")
         with T.sblock("root"):
@@ -161,5 +154,5 @@ def barrier(scope: str) -> str:
             T.writes(here[0])
             T.evaluate(T.tvm_storage_sync(scope))
 
-    TensorIntrin.register(name, description, implementation)
+    TensorIntrin.register(name, waiting(), implementation)
     return name

@@ -6,8 +6,23 @@ from functools import cache
 
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
 
 from kivi_tvm.cuda import RELEASE_SOURCE, WAIT_SOURCE
+
+
+def waiting() -> PrimFunc:
+    """What an intrinsic takes the place of: a block of `wait_block`, which gives a 1."""
+
+    @T.prim_func(s_tir=True)
+    def description(handle: T.handle) -> None:
+        here = T.match_buffer(handle, (1,), "uint32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads()
+            T.writes(here[0])
+            here[0] = T.uint32(1)
+
+    return description
 
 
 @cache
@@ -17,14 +32,6 @@ def wait(release: bool = False) -> str:
     With `release` the next kernel is launched then.
     """
     name = f"kivi_tvm.wait{'_and_release' * release}"
-
-    @T.prim_func(s_tir=True)
-    def description(handle: T.handle) -> None:
-        here = T.match_buffer(handle, (1,), "uint32", offset_factor=1, scope="local")
-        with T.sblock("root"):
-            T.reads()
-            T.writes(here[0])
-            here[0] = T.uint32(1)
 
     @T.prim_func(s_tir=True)
     def implementation(handle: T.handle) -> None:
@@ -38,5 +45,5 @@ def wait(release: bool = False) -> str:
             if release:
                 T.evaluate(T.cuda.func_call("kivi_tvm_release", source_code=RELEASE_SOURCE))
 
-    TensorIntrin.register(name, description, implementation)
+    TensorIntrin.register(name, waiting(), implementation)
     return name

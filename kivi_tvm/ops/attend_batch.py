@@ -23,7 +23,7 @@ from kivi_tvm.ops.ring import window_blocks
 from kivi_tvm.ops.softmax_half import highest, joined, query_blocks, query_load_block
 from kivi_tvm.ops.staged_tile import PLACES, copy_tile_blocks, pages_block, staged_arrays
 from kivi_tvm.ops.waits import wait_block
-from kivi_tvm.ops.window_sums import FEW, SUMS, finish_blocks, window_sums
+from kivi_tvm.ops.window_sums import FEW, SUMS, finish_block, window_sums
 
 AT_ONCE = 2
 
@@ -68,7 +68,7 @@ def attend_batch(key: KernelKey, sums: int = WARPS, at_once: int = AT_ONCE):
     find_window = window_blocks()
     # the sums that every window has come last, to warps that are done with their packed tokens
     sum_up_window = window_sums(D, dtype, M, lambda x: SUMS - 1 - x)
-    finish_few, finish_all = (finish_blocks(M, D, dtype, n) for n in (FEW, SUMS))
+    finish = finish_block(M, D, dtype)
 
     @T.prim_func(s_tir=True)
     def attend_batch(
@@ -304,14 +304,6 @@ def attend_batch(key: KernelKey, sums: int = WARPS, at_once: int = AT_ONCE):
                     k_ring, v_ring, kv, ring, slot, oldest, count, entries, q_load_again, scale,
                     parts, few, sum_ref, sum_mass, sum_acc,
                 )  # fmt: skip
-                with T.sblock("finish"):  # an output has one writer
-                    T.reads(*regions((sum_ref, sum_mass, sum_acc)))
-                    T.writes(out[vb, first : first + M, 0:D], lse[vb, first : first + M])
-                    with T.sblock("few"):
-                        T.where(T.tvm_thread_invariant(few))
-                        finish_few(sum_ref, sum_mass, sum_acc, vb, first, out, lse)
-                    with T.sblock("all"):
-                        T.where(T.tvm_thread_invariant(T.Not(few)))
-                        finish_all(sum_ref, sum_mass, sum_acc, vb, first, out, lse)
+                finish(sum_ref, sum_mass, sum_acc, few, vb, first, out, lse)
 
     return attend_batch

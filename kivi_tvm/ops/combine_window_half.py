@@ -16,7 +16,7 @@ from kivi_tvm.ops.online_softmax import row_tiles
 from kivi_tvm.ops.parts_half import stored_parts
 from kivi_tvm.ops.ring import row_blocks
 from kivi_tvm.ops.softmax_half import query_load_block
-from kivi_tvm.ops.window_sums import FEW, SUMS, finish_blocks, window_sums
+from kivi_tvm.ops.window_sums import FEW, SUMS, finish_block, window_sums
 
 
 def combine_window_half(key: KernelKey, row_tile: int | None = None):
@@ -29,7 +29,7 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
     M, ROWS, TILES = tiles.rows, tiles.total, tiles.count
     load_queries, find_row = query_load_block(D, M, SPANS, LOADED), row_blocks(key)
     sum_up_window = window_sums(D, dtype, M)
-    finish_few, finish_all = (finish_blocks(M, D, dtype, sums) for sums in (FEW, SUMS))
+    finish = finish_block(M, D, dtype)
 
     @T.prim_func(s_tir=True)
     def combine_window(
@@ -89,14 +89,6 @@ def combine_window_half(key: KernelKey, row_tile: int | None = None):
                     k_ring, v_ring, kv, ring, slot, oldest, count, entries, q_load, scale, parts,
                     few, sum_ref, sum_mass, sum_acc,
                 )  # fmt: skip
-                with T.sblock("finish"):  # an output has one writer
-                    T.reads(sum_ref[0:SUMS, 0:M], sum_mass[0:SUMS, 0:M], sum_acc[0:SUMS, 0:M, 0:D])
-                    T.writes(out[vb, first : first + M, 0:D], lse[vb, first : first + M])
-                    with T.sblock("few"):
-                        T.where(T.tvm_thread_invariant(few))
-                        finish_few(sum_ref, sum_mass, sum_acc, vb, first, out, lse)
-                    with T.sblock("all"):
-                        T.where(T.tvm_thread_invariant(T.Not(few)))
-                        finish_all(sum_ref, sum_mass, sum_acc, vb, first, out, lse)
+                finish(sum_ref, sum_mass, sum_acc, few, vb, first, out, lse)
 
     return combine_window

@@ -59,8 +59,7 @@ def window_sums(head_dim: int, dtype: str, M: int, number_of: Callable[[int], in
             with T.sblock("partial"):
                 vx = T.axis.spatial(SUMS, number_of(x))
                 T.reads(
-                    *regions((k_ring,), ALL, kv),
-                    *regions((v_ring,), ALL, kv),
+                    *regions((k_ring, v_ring), ALL, kv),
                     slot[0],
                     oldest[0],
                     count[0],
@@ -77,8 +76,7 @@ def window_sums(head_dim: int, dtype: str, M: int, number_of: Callable[[int], in
                     with T.sblock("tile"):
                         vc = T.axis.opaque(T.ceildiv(ring, TOKENS), c)
                         T.reads(
-                            *regions((k_ring,), ALL, kv),
-                            *regions((v_ring,), ALL, kv),
+                            *regions((k_ring, v_ring), ALL, kv),
                             slot[0],
                             oldest[0],
                             count[0],
@@ -123,8 +121,27 @@ def window_sums(head_dim: int, dtype: str, M: int, number_of: Callable[[int], in
     return sum_up_window
 
 
-def finish_blocks(M: int, D: int, dtype: str, sums: int):
-    """The output and log-sum-exp of `M` queries from so many sums; blocks `out_of_8` and so on."""
+def finish_block(M: int, D: int, dtype: str):
+    """The output and log-sum-exp of `M` queries from all sums, or from `few` of them."""
+    finish_few, finish_all = (_finish_blocks(M, D, dtype, sums) for sums in (FEW, SUMS))
+
+    @T.macro
+    def finish(sum_ref, sum_mass, sum_acc, few, row, first, out, lse):
+        with T.sblock("finish"):  # an output has one writer
+            T.reads(*regions((sum_ref, sum_mass, sum_acc)))
+            T.writes(out[row, first : first + M, 0:D], lse[row, first : first + M])
+            with T.sblock("few"):
+                T.where(T.tvm_thread_invariant(few))
+                finish_few(sum_ref, sum_mass, sum_acc, row, first, out, lse)
+            with T.sblock("all"):
+                T.where(T.tvm_thread_invariant(T.Not(few)))
+                finish_all(sum_ref, sum_mass, sum_acc, row, first, out, lse)
+
+    return finish
+
+
+def _finish_blocks(M: int, D: int, dtype: str, sums: int):
+    """The same from so many sums; blocks `out_of_8` and so on."""
 
     def with_others(found, top):
         """What the sums that are left out have is a zero, which makes a negative one positive."""

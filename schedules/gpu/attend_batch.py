@@ -25,7 +25,7 @@ from kivi_tvm.schedules.primitives import divisors
 from kivi_tvm.schedules.threads import blocks_inside, keep_local, over_groups, share
 from kivi_tvm.targets import SHARED_BYTES, Hardware
 
-__all__ = ["attend_batch", "beginning", "min_blocks", "offers"]
+__all__ = ["attend_batch", "beginning", "fits", "min_blocks", "offers"]
 
 Blocks = Mapping[str, SBlockRV]
 SCALARS = (

@@ -11,7 +11,7 @@ from kivi_tvm import layout, reference
 from kivi_tvm.config import KiviConfig
 from kivi_tvm.ops.combine_few import has_few
 from kivi_tvm.tune.candidate import Task
-from kivi_tvm.tune.cases.attention import splits_of
+from kivi_tvm.tune.cases.attention import PAGES, splits_of
 from kivi_tvm.tune.cases.case import (
     Argument,
     Call,
@@ -23,9 +23,7 @@ from kivi_tvm.tune.cases.case import (
 )
 from kivi_tvm.tune.cases.inputs import (
     BATCH_HEADS,
-    KEYS,
     RINGS,
-    VALUES,
     Lengths,
     Timed,
     draw,
@@ -41,7 +39,6 @@ from kivi_tvm.tune.pools import Pool
 
 MIDDLE_HEADS = 256  # of all rows; an H100 calls neither `combine_few` nor `combine_batch` for them
 WAVES = 4  # so many times a batch, so that it matters less how full a GPU is at the end
-PAGES = (*KEYS, *VALUES)
 BATCH_NAMES = (*PAGES, "table", *RINGS, "state", "slots")
 Parts = tuple[Tensor, Tensor]  # `acc [H, X, D]` and `stat [H, X, 2]`
 
