@@ -67,13 +67,15 @@ def pytest(*arguments: str) -> list[str]:
 def in_parallel() -> list[str]:
     """Tests compile most of the time: on all processors, where pytest-xdist is installed."""
     found = importlib.util.find_spec("xdist")
-    return ["-n", str(min(16, os.cpu_count() or 1))] if found else []
+    count = min(16, os.cpu_count() or 1)
+    return ["-n", str(count), "--dist", "worksteal"] if found else []
 
 
 def command_of(stage: str, folder: Path, commit: str) -> list[str]:
     """What a stage runs."""
     if stage == "tests":
-        return pytest(*TESTS, *in_parallel(), f"--junitxml={folder / 'tests.xml'}")
+        junit = f"--junitxml={folder / 'tests.xml'}"
+        return pytest(*TESTS, *in_parallel(), "--durations=10", junit)
     if stage in SANITIZERS:
         tool = ["compute-sanitizer", "--tool", stage, "--error-exitcode", "9"]
         return [*tool, *pytest("tests/runtime/test_cuda.py", "-x", "-k", SANITIZED)]
