@@ -65,7 +65,7 @@ python tools/gpu_check.py FOLDER --commit NAME  # on the GPU; its three files ar
 .venv/bin/python tools/gpu_page.py
 ```
 
-on {device}, driver {driver}, CUDA {cuda}, torch {torch}. {commits} Schedules are {sources}.
+on {device}, driver {driver}, CUDA {cuda}, torch {torch}. {commits}
 """
 
 
@@ -112,7 +112,9 @@ def step_tables(records: list[Record]) -> str:
             ]
             for each in found
         ]  # fmt: skip
-        text += f"### {name}\n\n{table(tuple((each, '-:') for each in names), rows)}\n"
+        schedule = " or ".join(dict.fromkeys(each["source"] for each in found))
+        text += f"### {name}\n\n`attend` has its {schedule} schedule.\n\n"
+        text += f"{table(tuple((each, '-:') for each in names), rows)}\n"
     return text.rstrip("\n") + "\n"
 
 
@@ -160,11 +162,9 @@ def page(checks: list[Record], steps: list[Record], models: list[Record]) -> str
     """The whole page."""
     first = steps[0]
     about = {name: first[name] for name in ("device", "driver", "cuda")}
-    sources = " or ".join(sorted({each["source"] for each in steps}))
     foot = FOOT.format(
-        torch=first["versions"]["torch"], commits=commits(checks, steps, models), sources=sources,
-        **about,
-    )  # fmt: skip
+        torch=first["versions"]["torch"], commits=commits(checks, steps, models), **about
+    )
     return (
         HEAD + step_tables(steps) + MODEL_HEAD + model_table(models)
         + CHECK_HEAD + check_table(checks) + foot
