@@ -137,6 +137,14 @@ def config_id(cfg: KiviConfig) -> str:
     return f"Hkv{cfg.H_kv}-{slug}-R{cfg.residual_length}"
 
 
+def slow_but(fast, cfgs):
+    """Configurations as parameters; the fast tests run those in `fast`."""
+    return [
+        pytest.param(cfg, id=config_id(cfg), marks=[] if cfg in fast else [pytest.mark.slow])
+        for cfg in cfgs
+    ]
+
+
 def spread(values, each=3):
     """Every configuration with every value; the fast tests run `each` values per configuration."""
     params = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from configurations import HALF, config_id
+from configurations import HALF, config_id, slow_but
 from emulated_cuda import TARGET, EmulatedKernel, EmulatedLibrary
 from inputs import ATTENDED_DATA, draw, strided_queries
 from ops.partials import Partials
@@ -62,10 +62,7 @@ def compare(cfg, kernels, lengths, scale=None, **given):
         assert not one.isnan().any()
 
 
-@pytest.mark.parametrize(
-    "cfg",
-    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow, id=config_id(x)) for x in NARROW],
-)
+@pytest.mark.parametrize("cfg", slow_but(SOME[1:2], NARROW))
 def test_the_same_bits(cfg, request):
     kernels, R, longest = library(cfg, request), cfg.R, one_part_tokens(cfg.kernel_key())
     # of all warps some tiles or none, of the window every number of sums
@@ -73,7 +70,7 @@ def test_the_same_bits(cfg, request):
     compare(cfg, kernels, [2 * R + 5], rollback=32)
 
 
-@pytest.mark.parametrize("cfg", SHORT_WINDOWS[:2], ids=config_id)
+@pytest.mark.parametrize("cfg", slow_but(SHORT_WINDOWS[:1], SHORT_WINDOWS[:2]))
 def test_short_windows(cfg, request):
     kernels, R = library(cfg, request), cfg.R
     for data in ATTENDED_DATA:  # kernels are compiled once

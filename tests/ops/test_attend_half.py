@@ -10,7 +10,7 @@ from dataclasses import replace
 import configurations
 import pytest
 import torch
-from configurations import FEW, HALF, config_id
+from configurations import FEW, HALF, config_id, slow_but
 from emulated_cuda import TARGET, EmulatedKernel, EmulatedLibrary
 from inputs import ATTENDED_DATA, strided_queries
 from ops import half_attention, test_attend
@@ -78,16 +78,13 @@ def check_ragged(cfg):
     test_attend.check(cfg, [*lengths, 0, cfg.R + cfg.kernel_key().split_tokens + 63])
 
 
-@pytest.mark.parametrize("cfg", HALF, ids=config_id)
+@pytest.mark.parametrize("cfg", slow_but(HALF[::3], HALF))
 def test_ragged_rows(cfg):
     check_ragged(cfg)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(
-    "cfg",
-    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow, id=config_id(x)) for x in HALF],
-)
+@pytest.mark.parametrize("cfg", slow_but(SOME, HALF))
 def test_cuda_source(cfg, monkeypatch):
     library = EmulatedLibrary(cfg.kernel_key())
     monkeypatch.setattr(test_attend, "kernel", lambda _: library["attend"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import configurations
 import pytest
-from configurations import HALF, config_id
+from configurations import HALF, config_id, slow_but
 from emulated_cuda import TARGET, EmulatedLibrary
 from ops.test_combine_window import SOME, check
 from pools import assert_same_bits
@@ -37,10 +37,7 @@ def compare(kernels, cfg, lengths, **ways):
             assert_same_bits(one, two)
 
 
-@pytest.mark.parametrize(
-    "cfg",
-    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow, id=config_id(x)) for x in NARROW],
-)
+@pytest.mark.parametrize("cfg", slow_but(SOME[:1], NARROW))
 def test_the_same_bits(cfg, request):
     kernels, R, split = library(cfg, request), cfg.R, cfg.kernel_key().split_tokens
     # sums of one tile, of several, of partial results alone, and of nothing

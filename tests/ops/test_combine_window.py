@@ -6,7 +6,7 @@ from dataclasses import replace
 import configurations
 import pytest
 import torch
-from configurations import CONFIGS, FEW, HALF, config_id
+from configurations import CONFIGS, FEW, HALF, config_id, slow_but
 from emulated_cuda import TARGET, EmulatedKernel, EmulatedLibrary
 from inputs import ATTENDED_DATA, draw, strided_queries
 from ops.plain import plain_kernel
@@ -90,7 +90,7 @@ def check(cfg, kernel, lengths, data="normal", rollback=0, scale=None, spare=2):
     return out, lse
 
 
-@pytest.mark.parametrize("cfg", [*CONFIGS, *HALF], ids=config_id)
+@pytest.mark.parametrize("cfg", slow_but([*CONFIGS, *HALF[1::3]], [*CONFIGS, *HALF]))
 def test_ragged_rows(cfg, kernel, request):
     if cfg.compute == "half" and request.config.getoption("--kernels") == "opencl":
         pytest.skip("needs a CPU or tensor cores")
@@ -112,10 +112,7 @@ def test_slots_behind_the_window_are_not_read(cfg, kernel, rollback):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(
-    "cfg",
-    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow, id=config_id(x)) for x in HALF],
-)
+@pytest.mark.parametrize("cfg", slow_but(SOME, HALF))
 def test_cuda_source_in_mode_half(cfg):
     library = EmulatedLibrary(cfg.kernel_key())
     R, split = cfg.R, cfg.kernel_key().split_tokens
