@@ -94,6 +94,7 @@ class KiviCache(Steps):
             raise ValueError(f"`config` must have a full-attention layer, got only {kinds}")
         self.pending: int | None = None
         self._step: Step | None = None
+        self._ahead: list[int] = []  # layers that kept the tokens of a forward which was refused
         self._history: Tensor | None = None  # which stored columns are padding
         self._stores: list[Store] = []
 
@@ -160,4 +161,5 @@ class KiviCache(Steps):
             store.cache.reset()
             store.step = None
         self.pending = self._step = self._history = None
+        self._ahead = []
         self._in_rounds, self._round_tokens = False, 0

@@ -64,6 +64,11 @@ def check_in_step(layers: list[Any], columns: int) -> None:
             )
 
 
+def linear_layers(layers: list[Any]) -> list[int]:
+    """Those of `layers` with a state that has every token, and cannot tell how many those are."""
+    return [i for i, x in enumerate(layers) if isinstance(x, LinearAttentionCacheLayerMixin)]
+
+
 def check_croppable(layers: dict[int, Any], count: int) -> None:
     """Refuse to remove `count` columns before anything changed, if one of `layers` would.
 

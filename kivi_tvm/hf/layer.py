@@ -87,24 +87,26 @@ class KiviLayer(CacheLayerMixin):
         Raises
         ------
         RuntimeError
-            The previous step did not go through the attention implementation "kivi_tvm".
+            The previous step did not go through the attention implementation "kivi_tvm", or
+            stopped after linear layers alone had its tokens.
         ValueError
             The new tokens cannot be appended.
         """
-        self._cache.check_not_pending()
-        check_states(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.batch_size:
-            raise ValueError(
-                f"`key_states` must have the cache's batch size {self.batch_size}, got "
-                f"{key_states.shape[0]}; use a new KiviCache or `reset()`"
-            )
-        key, value = key_states.view_as(key_states), value_states.view_as(value_states)
-        setattr(key, _NOTE, self)
-        self._pending = key, value
-        self._cache.pending = self.index
-        return key, value
+        with self._cache.in_forward(self.index):
+            self._cache.check_sound()
+            check_states(key_states, value_states)
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            if key_states.shape[0] != self.batch_size:
+                raise ValueError(
+                    f"`key_states` must have the cache's batch size {self.batch_size}, got "
+                    f"{key_states.shape[0]}; use a new KiviCache or `reset()`"
+                )
+            key, value = key_states.view_as(key_states), value_states.view_as(value_states)
+            setattr(key, _NOTE, self)
+            self._pending = key, value
+            self._cache.pending = self.index
+            return key, value
 
     @outside_graph
     def attend(
@@ -124,19 +126,20 @@ class KiviLayer(CacheLayerMixin):
         stored without padding. A single token on top goes through `decode`; several, or one
         that is padding in some rows, go through `extend`, and padding's outputs are zeros.
         """
-        self._take_pending(key, value)
-        check_call(module, query, key, dropout, kwargs)
-        step = self._cache.enter_step(self.index, self.columns, key, attention_mask)
-        if not self.columns:
-            out = _sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-            store = self._cache.begin_step(step, self.index, query, key)
-            store.prefill(step.compact(key), step.compact(value), lengths=step.lengths)
-        else:
-            store = self._cache.begin_step(step, self.index, query, key)
-            out = _append(store, step, query, key, value, scaling)
-        self.columns += step.tokens
-        self._cache.end_layer(step, self.index)
-        return out
+        with self._cache.in_forward(self.index):
+            self._take_pending(key, value)
+            check_call(module, query, key, dropout, kwargs)
+            step = self._cache.enter_step(self.index, self.columns, key, attention_mask)
+            if not self.columns:
+                out = _sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+                store = self._cache.begin_step(step, self.index, query, key)
+                store.prefill(step.compact(key), step.compact(value), lengths=step.lengths)
+            else:
+                store = self._cache.begin_step(step, self.index, query, key)
+                out = _append(store, step, query, key, value, scaling)
+            self.columns += step.tokens
+            self._cache.end_layer(step, self.index)
+            return out
 
     def _take_pending(self, key: Tensor, value: Tensor) -> None:
         pending, self._pending = self._pending, None

@@ -36,14 +36,20 @@ class RowOperations(Cache):
     _kivi: list[int]
     _stores: list[Store]
     _step: Step | None
+    _ahead: list[int]
     _history: Tensor | None
     _rollback_is_ours: bool
     _in_rounds = False
     _round_tokens = 0
     _has_warned = False
 
-    def check_not_pending(self) -> None:
-        """Raise if a layer's `update` was not followed by its attention."""
+    def check_sound(self) -> None:
+        """Raise if a forward stopped after a layer's `update`, or after linear layers alone."""
+        if self._ahead:
+            raise RuntimeError(
+                f"linear layers {self._ahead} have the tokens of a forward that stopped before the "
+                "others did: `reset()` the cache and pass the whole prompt"
+            )
         if self.pending is not None:
             raise RuntimeError(
                 f"the previous step of layer {self.pending} did not go through {ATTENTION_NAME} "
@@ -209,7 +215,7 @@ class RowOperations(Cache):
         return {i: x for i, x in enumerate(self.layers) if not isinstance(x, KiviLayer)}
 
     def _check_between_forwards(self, call: str) -> None:
-        self.check_not_pending()
+        self.check_sound()
         if self._step is not None:
             raise RuntimeError(
                 f"`{call}` must come between forwards, but one stopped before layers "

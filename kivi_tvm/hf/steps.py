@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kivi_tvm.config import KiviConfig
-from kivi_tvm.hf.hybrid import check_in_step, layers_alike
+from kivi_tvm.hf.hybrid import check_in_step, layers_alike, linear_layers
 from kivi_tvm.hf.padding import Padding, Rewind, extend_history, same_padding, step_padding
 from kivi_tvm.hf.rows import RowOperations
 from kivi_tvm.hf.store import Geometry, LayerStore, Step, Store
@@ -22,6 +24,19 @@ class Steps(RowOperations):
     sink_tokens: int
     target: str | dict[str, Any] | None
     _options: dict[str, Any]
+
+    @contextmanager
+    def in_forward(self, index: int) -> Iterator[None]:
+        """What layer `index` does; if it raises, linear layers before it are ahead of all KIVI's.
+
+        After a KIVI layer has attended, the step that is not over says that one stopped half-way.
+        """
+        try:
+            yield
+        except BaseException:
+            if self._step is None:
+                self._ahead = linear_layers(self.layers[:index])
+            raise
 
     def enter_step(self, index: int, start: int, key: Tensor, mask: Tensor | None) -> Step:
         """The forward that layer `index` is in, checked; nothing is changed."""

@@ -288,6 +288,25 @@ def test_linear_layers():
     torch.testing.assert_close(*logits, **CLOSE)
 
 
+def test_linear_layers_are_ahead_of_a_refused_forward():
+    config = Lfm2Config(
+        **TINY, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    )
+    model = prepare(Lfm2ForCausalLM(config))
+    steps = [turn(9), turn(1, seed=1)]
+    expected, _ = feed(model, ReferenceKiviCache(config), steps)
+    cache = ReferenceKiviCache(config)
+    _, mask = feed(model, cache, steps[:1])
+    custom = torch.zeros(1, 1, 1, 10)
+    with pytest.raises(NotImplementedError, match="attention_mask"):
+        model(steps[1]["input_ids"], attention_mask=custom, past_key_values=cache)
+    for call in (lambda: feed(model, cache, steps[1:], mask), lambda: cache.crop(-1)):
+        with pytest.raises(RuntimeError, match=r"linear layers \[0\] .*`reset\(\)`"):
+            call()
+    cache.reset()
+    assert torch.equal(feed(model, cache, steps)[0], expected)
+
+
 CALLS = {
     "crop": lambda c: c.crop(-1),
     "activate_past_recording": lambda c: c.activate_past_recording(),
