@@ -120,12 +120,13 @@ class KiviConfig:
     compute : str
         Compute mode of `attend`: "float" (float32 arithmetic), on CPUs "int8x2" (codes times the
         other operand as high and low int8: relative error below 1e-3) or "int8" (a single int8:
-        about 3e-2, also with outlier channels and a peaked softmax), for at most 4 bits, and slower
-        than "float" where the processor has no dot product of bytes; on tensor cores "half" (the
-        other operand as float16: at most 3e-3; in the window probabilities as `dtype`), for caches
-        in 16 bits. "auto" is the fastest one whose error is at most a tenth of what quantization
-        itself brings on such data: "int8" with keys or values of 2 bits, "int8x2" with 4, "half"
-        where there are tensor cores, "float" for float32 caches. The manifest names the mode.
+        about 3e-2, also with a peaked softmax; about 1e-1 where a few key channels are 10 to 100
+        times as large as the others), for at most 4 bits, and slower than "float" where the
+        processor has no dot product of bytes; on tensor cores "half" (the other operand as float16:
+        at most 3e-3; in the window probabilities as `dtype`), for caches in 16 bits. "auto" is the
+        fastest one whose error is at most a tenth of what quantization itself brings on such data:
+        "int8" with keys or values of 2 bits, "int8x2" with 4, "half" where there are tensor cores,
+        "float" for float32 caches. The manifest names the mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None

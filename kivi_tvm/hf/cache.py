@@ -37,7 +37,8 @@ class KiviCache(Steps):
     config : PreTrainedConfig
         The model's configuration: only its layer types are used. Heads, head dim, dtype and
         device come from the tensors of the first forward.
-    key_bits, value_bits, group_size, residual_length, key_group_size, value_group_size, compute
+    key_bits, value_bits, group_size, residual_length
+    key_group_size, value_group_size, page_size, compute
         As in `KiviConfig`.
     window : str
         "kivi" (Algorithm 1) or "exact" (keys of the window stay exact after a flush).
@@ -70,6 +71,7 @@ class KiviCache(Steps):
         sink_tokens: int = 0,
         key_group_size: int | None = None,
         value_group_size: int | None = None,
+        page_size: int | None = None,
         compute: str = "auto",
         target: str | dict[str, Any] | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class KiviCache(Steps):
             "residual_length": residual_length,
             "key_group_size": key_group_size,
             "value_group_size": value_group_size,
+            "page_size": page_size,
             "compute": compute,
         }
         check_options(self._options, window, max_tokens, rollback, sink_tokens)

@@ -192,7 +192,7 @@ class Cache(SteppedCache):
         if isinstance(c, bool) or as_int(c) is not None:
             counts = [check_count("c", c) * active for active in self.active]
         else:
-            counts = check_ints("c", c)
+            counts = check_ints("c", c, "an int or a list of ints")
         if len(counts) != self.batch_size:
             raise ValueError(
                 f"`c` must have one entry per row ({self.batch_size}), got {len(counts)}"

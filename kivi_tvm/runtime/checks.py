@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from torch import Tensor
 outside_inference_mode = torch.inference_mode(mode=False)
 
 INDEX_LIMIT = 2**31  # kernels index elements with int32
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 LINE_BYTES = 16  # of a query that kernels in compute mode "half" load at once
 
 
@@ -31,7 +33,8 @@ def check_tensor(
     TypeError
         Not a tensor, or of another dtype.
     ValueError
-        Another shape or device, an inner stride other than 1, or gradients are asked for.
+        Another shape or device, an inner stride other than 1, a negated view, or gradients are
+        asked for.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a torch tensor, got {type(x).__name__}")
@@ -46,6 +49,8 @@ def check_tensor(
         raise ValueError(f"`{name}` must be on {device}, got {x.device}")
     if x.stride(-1) != 1 and x.numel():
         raise ValueError(f"`{name}` must have inner stride 1, got strides {x.stride()}")
+    if x.is_neg():
+        raise ValueError(f"`{name}` must not be a negated view: pass `{name}.resolve_neg()`")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"`{name}` must not require gradients: the cache is for inference; "
@@ -62,6 +67,7 @@ def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
         and x.device == device
         and (x.is_contiguous() or x.stride(-1) == 1)
         and not x.requires_grad
+        and not x.is_neg()
     )
 
 
@@ -132,7 +138,7 @@ def check_rows(name: str, rows: object, batch_size: int, distinct: bool = True) 
     return found
 
 
-def check_ints(name: str, numbers: object) -> list[int]:
+def check_ints(name: str, numbers: object, rule: str = "a list of ints") -> list[int]:
     """`numbers` as a list of ints.
 
     Raises
@@ -150,7 +156,7 @@ def check_ints(name: str, numbers: object) -> list[int]:
         numbers = numbers.tolist()
     found = [as_int(n) for n in numbers] if isinstance(numbers, Sequence) else [None]
     if None in found:
-        raise TypeError(f"`{name}` must be a list of ints, got {numbers!r}")
+        raise TypeError(f"`{name}` must be {rule}, got {numbers!r}")
     return [n for n in found if n is not None]
 
 
@@ -177,6 +183,23 @@ def check_count(name: str, count: object, least: int = 0) -> int:
     found = as_int(count)
     if found is None or found < least:
         raise ValueError(f"`{name}` must be an int of at least {least}, got {count!r}")
+    return found
+
+
+def finite_scale(scale: object) -> float:
+    """The softmax scale as a float.
+
+    Raises
+    ------
+    ValueError
+        It is no number, or not finite in float32.
+    """
+    try:
+        found = math.nan if isinstance(scale, (bool, str)) else float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = math.nan
+    if not abs(found) <= LARGEST_FLOAT32:  # nor NaN
+        raise ValueError(f"`scale` must be a finite number of float32, got {scale!r}")
     return found
 
 

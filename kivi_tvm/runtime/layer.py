@@ -15,6 +15,7 @@ from kivi_tvm.runtime.checks import (
     check_no_overlap,
     check_rows,
     check_tensor,
+    finite_scale,
     fits,
     in_lines,
     span,
@@ -243,7 +244,7 @@ class CacheLayer:
         """
         self._check_decode(q, k_new, v_new, out)
         cache = self.cache
-        scale = cache.cfg.D**-0.5 if scale is None else float(scale)
+        scale = cache.cfg.D**-0.5 if scale is None else finite_scale(scale)
         lse = torch.empty_like(cache.lse) if return_lse else self._lse
         began, saved = cache.enter(self.index, 1), NOTHING
         try:
@@ -357,7 +358,7 @@ class CacheLayer:
         check_tensor("v", v, (B, H_kv, n, D), cache.dtype, cache.device)
         if max(map(span, (q, k, v))) >= INDEX_LIMIT:
             raise ValueError(f"`q`, `k` and `v` must span less than 2^31 elements, got {q.shape}")
-        scale = D**-0.5 if scale is None else float(scale)
+        scale = D**-0.5 if scale is None else finite_scale(scale)
         out = torch.empty(B, H, n, D, dtype=cache.dtype, device=cache.device)
         began, saved = cache.enter(self.index, n, cache.new_tokens(n, lengths)), NOTHING
         try:

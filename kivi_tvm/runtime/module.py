@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kivi_tvm.artifact import ArtifactError, Manifest, read_artifact, write_artifact
 from kivi_tvm.artifact_cache import CacheUnavailable, cached
@@ -76,6 +76,13 @@ class Module:
         key = self._manifest.key.slug
         heads = f"H={self.cfg.H}, H_kv={self.cfg.H_kv}"
         return f"Module({key}, {heads}, source={self.source!r}, threads={self.threads!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Module:
+        """Itself: nothing of it changes."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a module cannot be pickled: use `module.save` and `kivi_tvm.load`")
 
     @property
     def threads(self) -> str:

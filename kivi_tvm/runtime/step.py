@@ -86,8 +86,8 @@ class SteppedCache(CachePool):
         """
         if (
             self._quiet_steps
+            and type(n) is int
             and n == 1
-            and n is not True
             and lengths is None
             and self._step is None
         ):

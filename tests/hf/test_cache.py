@@ -201,11 +201,12 @@ def test_what_transformers_asks_a_cache(llama):
 
 
 def test_report_says_what_was_applied(llama):
-    cache = ReferenceKiviCache(llama.config, key_bits=4, window="exact")
+    cache = ReferenceKiviCache(llama.config, key_bits=4, window="exact", page_size=64)
     assert cache.nbytes == {"total": 0}
     run(llama, cache, whole(5), 1)
     report = cache.report()
     assert (report["key_bits"], report["value_bits"], report["window"]) == (4, 2, "exact")
+    assert cache._stores[0].module.cfg.P == report["page_size"] == 64
     assert (report["columns"], report["lengths"]) == (6, [6])
     assert report["bytes"] == cache.nbytes == cache._stores[0].cache.nbytes
     (kernels,) = report["kernels"]

@@ -1,5 +1,7 @@
 """What a cache refuses: the error names argument, rule and value, and nothing has changed."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,7 @@ BAD_TENSORS = {
     "heads": (lambda x: x[:, 1:], ValueError, ["must have shape"]),
     "head_dim": (lambda x: x[..., 1:], ValueError, ["must have shape", str(D), str(D - 1)]),
     "stride": (transposed, ValueError, ["inner stride 1", "strides"]),
+    "negated": (torch._neg_view, ValueError, ["negated view", "resolve_neg"]),
     "gradient": (lambda x: x.clone().requires_grad_(), ValueError, ["gradients", "inference"]),
 }
 
@@ -109,14 +112,16 @@ def test_k_and_v_of_different_lengths(inputs):
     refused(cache, ValueError, words, lambda: cache.prefill(inputs.k, inputs.v[:, :, 1:]))
 
 
-@pytest.mark.parametrize("scale", ["half", [1.0], torch.ones(2)], ids=str)
+@pytest.mark.parametrize(
+    "scale", ["1", [1.0], torch.ones(2), True, math.nan, -math.inf, 1e39], ids=str
+)
 def test_scale(inputs, scale):
-    cache = filled(inputs)
-    args = inputs.q[1], inputs.k_new[1], inputs.v_new[1], scale
-    before, lengths = snapshot(cache), cache.lengths
-    with pytest.raises((TypeError, ValueError, RuntimeError)):
-        cache.decode(*args)
-    assert_unchanged(cache, before, lengths)
+    cache, words = filled(inputs), ["`scale`", "finite number of float32", repr(scale)]
+    args = inputs.q[1], inputs.k_new[1], inputs.v_new[1]
+    refused(cache, ValueError, words, lambda: cache.decode(*args, scale))
+    refused(
+        cache, ValueError, words, lambda: cache.extend(*(x[:, :, None] for x in args), scale=scale)
+    )
 
 
 def test_prefill_of_a_cache_that_holds_tokens(inputs):
@@ -157,10 +162,11 @@ def test_begin(n):
     refused(cache, ValueError, ["`n`", "int of at least 0", repr(n)], lambda: cache.begin(n))
 
 
-def test_begin_takes_no_bool_between_quick_steps(inputs):
+@pytest.mark.parametrize("n", [True, 1.0])
+def test_begin_takes_only_ints_between_quick_steps(inputs, n):
     cache = filled(inputs)
     feed(cache, inputs, 1, first=1)
-    refused(cache, ValueError, ["`n`", "True"], lambda: cache.begin(True))
+    refused(cache, ValueError, ["`n`", repr(n)], lambda: cache.begin(n))
 
 
 def test_out_that_overlaps_itself(inputs):

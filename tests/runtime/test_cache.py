@@ -13,7 +13,7 @@ from caches import (
     feed,
     new_cache,
 )
-from configurations import FEW, config_id, with_window
+from configurations import FEW, config_id, module, with_window
 from inputs import draw
 from pools import assert_same_bits
 
@@ -202,3 +202,7 @@ def test_deepcopy_copies_and_pickle_says_what_to_use():
     assert copied.lengths == [40] and cache.lengths == [0]
     with pytest.raises(TypeError, match=r"cache\.save"):
         pickle.dumps(cache)
+    made = module(FEW[0])
+    assert copy.deepcopy(made) is made
+    with pytest.raises(TypeError, match=r"module\.save"):
+        pickle.dumps(made)
