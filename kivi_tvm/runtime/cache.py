@@ -367,7 +367,7 @@ class Cache(SteppedCache):
         return found
 
     def reserve(self, tokens: int) -> None:
-        """Take the memory for `tokens` tokens of every active row now.
+        """Take the pages for `tokens` tokens of every active row now; steps still take scratch.
 
         A row that `crop` makes shorter gives pages back to the pool, where all rows may take them.
 
