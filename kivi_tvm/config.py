@@ -124,9 +124,10 @@ class KiviConfig:
         times as large as the others), for at most 4 bits, and slower than "float" where the
         processor has no dot product of bytes; on tensor cores "half" (the other operand as float16:
         at most 3e-3; in the window probabilities as `dtype`), for caches in 16 bits. "auto" is the
-        fastest one whose error is at most a tenth of what quantization itself brings on such data:
-        "int8" with keys or values of 2 bits, "int8x2" with 4, "half" where there are tensor cores,
-        "float" for float32 caches. The manifest names the mode.
+        fastest one whose error is at most a tenth of what quantization itself brings (a quarter
+        with 2 bits and such channels): "int8" with keys or values of 2 bits, "int8x2" with 4,
+        "half" where there are tensor cores, "float" for float32 caches. The manifest names the
+        mode.
     key_group_size, value_group_size : int or None
         `G_k` (tokens) and `G_v` (channels, must divide `head_dim`); default `group_size`.
     page_size : int or None

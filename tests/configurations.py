@@ -139,6 +139,7 @@ def config_id(cfg: KiviConfig) -> str:
 
 def slow_but(fast, cfgs):
     """Configurations as parameters; the fast tests run those in `fast`."""
+    assert fast and all(cfg in cfgs for cfg in fast)
     return [
         pytest.param(cfg, id=config_id(cfg), marks=[] if cfg in fast else [pytest.mark.slow])
         for cfg in cfgs

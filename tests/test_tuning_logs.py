@@ -78,12 +78,16 @@ def test_committed_records():
 
 
 def paths():
-    """Every file of records; the fast tests schedule those of one per target, the largest."""
-    for folder in LOGS.glob("*/"):
-        found = sorted(folder.glob("database_*.json"), key=lambda path: (path.stat().st_size, path))
-        for path in found:
-            marks = [] if path == found[-1] else [pytest.mark.slow]
-            yield pytest.param(path, id=f"{folder.name}-{path.stem}", marks=marks)
+    """Every file of records; the fast tests schedule the most records of a target and mode."""
+    files = [database_files.read_records(path) for path in sorted(LOGS.glob("*/database_*.json"))]
+    largest = {}
+    for each in files:
+        mode = each.path.parent, each.key.compute
+        largest[mode] = max(largest.get(mode, each), each, key=lambda found: len(found.records))
+    for each in files:
+        marks = [] if each in largest.values() else [pytest.mark.slow]
+        name = f"{each.path.parent.name}-{each.path.stem}"
+        yield pytest.param(each.path, id=name, marks=marks)
 
 
 @pytest.mark.parametrize("path", paths())

@@ -37,9 +37,10 @@ class KiviCache(Steps):
     config : PreTrainedConfig
         The model's configuration: only its layer types are used. Heads, head dim, dtype and
         device come from the tensors of the first forward.
-    key_bits, value_bits, group_size, residual_length
-    key_group_size, value_group_size, page_size, compute
+    key_bits, value_bits, group_size, residual_length, compute
         As in `KiviConfig`.
+    key_group_size, value_group_size, page_size
+        As in `KiviConfig`, where None stands for the default.
     window : str
         "kivi" (Algorithm 1) or "exact" (keys of the window stay exact after a flush).
     max_tokens : int or None

@@ -48,15 +48,16 @@ def layers_alike(config: Any, layers: list[int], index: int) -> list[int]:
     return [i for i in layers if shape(i) == shape(index)]
 
 
-def check_in_step(layers: list[Any], columns: int) -> None:
-    """Refuse to go on if a sliding layer kept tokens of a forward that a KIVI layer refused.
+def check_in_step(layers: list[Any], index: int, start: int, tokens: int) -> None:
+    """Refuse to go on if a sliding layer is ahead or behind: an earlier forward stopped half-way.
 
     Raises
     ------
     RuntimeError
-        One of `layers`, which come before the KIVI layer, has seen other than `columns` columns.
+        One of `layers` has seen other than `start` columns, and `tokens` more before layer `index`.
     """
     for i, layer in enumerate(layers):
+        columns = start + tokens * (i < index)
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() != columns:
             raise RuntimeError(
                 f"layer {i} has seen {layer.get_seq_length()} columns instead of {columns}: an "

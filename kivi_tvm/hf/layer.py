@@ -87,12 +87,12 @@ class KiviLayer(CacheLayerMixin):
         Raises
         ------
         RuntimeError
-            The previous step did not go through the attention implementation "kivi_tvm", or
-            stopped after linear layers alone had its tokens.
+            The previous step did not go through the attention implementation "kivi_tvm", or was
+            refused by a KIVI layer after linear layers had its tokens.
         ValueError
             The new tokens cannot be appended.
         """
-        with self._cache.in_forward(self.index):
+        try:
             self._cache.check_sound()
             check_states(key_states, value_states)
             if not self.is_initialized:
@@ -107,6 +107,9 @@ class KiviLayer(CacheLayerMixin):
             self._pending = key, value
             self._cache.pending = self.index
             return key, value
+        except BaseException:
+            self._cache.note_refusal(self.index)
+            raise
 
     @outside_graph
     def attend(
@@ -126,7 +129,7 @@ class KiviLayer(CacheLayerMixin):
         stored without padding. A single token on top goes through `decode`; several, or one
         that is padding in some rows, go through `extend`, and padding's outputs are zeros.
         """
-        with self._cache.in_forward(self.index):
+        try:
             self._take_pending(key, value)
             check_call(module, query, key, dropout, kwargs)
             step = self._cache.enter_step(self.index, self.columns, key, attention_mask)
@@ -140,6 +143,9 @@ class KiviLayer(CacheLayerMixin):
             self.columns += step.tokens
             self._cache.end_layer(step, self.index)
             return out
+        except BaseException:
+            self._cache.note_refusal(self.index)
+            raise
 
     def _take_pending(self, key: Tensor, value: Tensor) -> None:
         pending, self._pending = self._pending, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kivi_tvm.hf.hybrid import check_croppable, check_rearrangeable
+from kivi_tvm.hf.hybrid import check_croppable, check_in_step, check_rearrangeable
 from kivi_tvm.hf.layer import KiviLayer
 from kivi_tvm.hf.padding import tokens_of_last
 from kivi_tvm.hf.store import Step, Store
@@ -44,17 +44,20 @@ class RowOperations(Cache):
     _has_warned = False
 
     def check_sound(self) -> None:
-        """Raise if a forward stopped after a layer's `update`, or after linear layers alone."""
-        if self._ahead:
-            raise RuntimeError(
-                f"linear layers {self._ahead} have the tokens of a forward that stopped before the "
-                "others did: `reset()` the cache and pass the whole prompt"
-            )
+        """Raise if a layer's `update` was not followed by its attention, or a forward was refused.
+
+        A refusal matters if linear layers had the tokens of that forward already.
+        """
         if self.pending is not None:
             raise RuntimeError(
                 f"the previous step of layer {self.pending} did not go through {ATTENTION_NAME} "
                 f"attention: call `model.set_attn_implementation({ATTENTION_NAME!r})` and "
                 "`reset()` the cache; this model may not support it"
+            )
+        if self._ahead:
+            raise RuntimeError(
+                f"linear layers {self._ahead} have the tokens of a forward that was refused "
+                "thereafter: `reset()` the cache and pass the whole prompt"
             )
 
     # Rolling back.
@@ -216,6 +219,7 @@ class RowOperations(Cache):
 
     def _check_between_forwards(self, call: str) -> None:
         self.check_sound()
+        check_in_step(self.layers, 0, self._columns, 0)
         if self._step is not None:
             raise RuntimeError(
                 f"`{call}` must come between forwards, but one stopped before layers "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,24 +23,25 @@ class Steps(RowOperations):
     target: str | dict[str, Any] | None
     _options: dict[str, Any]
 
-    @contextmanager
-    def in_forward(self, index: int) -> Iterator[None]:
-        """What layer `index` does; if it raises, linear layers before it are ahead of all KIVI's.
+    def note_refusal(self, index: int) -> None:
+        """Layer `index` raised: linear layers before it may be ahead of all KIVI layers.
 
         After a KIVI layer has attended, the step that is not over says that one stopped half-way.
         """
-        try:
-            yield
-        except BaseException:
-            if self._step is None:
-                self._ahead = linear_layers(self.layers[:index])
-            raise
+        if self._none_attended:
+            self._ahead = linear_layers(self.layers[:index])
+
+    @property
+    def _none_attended(self) -> bool:
+        """Whether no KIVI layer has the tokens of a forward that is not over."""
+        return self._step is None or len(self._step.waiting) == len(self._kivi)
 
     def enter_step(self, index: int, start: int, key: Tensor, mask: Tensor | None) -> Step:
         """The forward that layer `index` is in, checked; nothing is changed."""
         step, tokens = self._step, key.shape[2]
+        if self._none_attended:
+            check_in_step(self.layers, index, start, tokens)
         if step is None:
-            check_in_step(self.layers[:index], start + tokens)
             padding, rewind = self._check_mask(mask, key.shape[0], start, tokens)
             return Step(start, tokens, padding, mask, set(self._kivi), rewind)
         if index not in step.waiting or (start, tokens) != (step.start, step.tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -194,10 +195,12 @@ def finite_scale(scale: object) -> float:
     ValueError
         It is no number, or not finite in float32.
     """
-    try:
-        found = math.nan if isinstance(scale, (bool, str)) else float(scale)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = math.nan
+    found = math.nan
+    if isinstance(scale, Tensor) and scale.numel() == 1 and scale.is_floating_point():
+        found = scale.item()
+    elif isinstance(scale, (int, float, np.integer, np.floating)) and not isinstance(scale, bool):
+        with contextlib.suppress(OverflowError):
+            found = float(scale)
     if not abs(found) <= LARGEST_FLOAT32:  # nor NaN
         raise ValueError(f"`scale` must be a finite number of float32, got {scale!r}")
     return found

@@ -77,6 +77,11 @@ class Module:
         heads = f"H={self.cfg.H}, H_kv={self.cfg.H_kv}"
         return f"Module({key}, {heads}, source={self.source!r}, threads={self.threads!r})"
 
+    def __copy__(self) -> Module:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Module:
         """Itself: nothing of it changes."""
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 from kivi_tvm.hf.rows import CANDIDATES
 from kivi_tvm.hf.support import CROPS_NEGATIVE_ONLY, _version
+from kivi_tvm.reference import ReferenceCache
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_cache.py
 
@@ -288,7 +290,8 @@ def test_linear_layers():
     torch.testing.assert_close(*logits, **CLOSE)
 
 
-def test_linear_layers_are_ahead_of_a_refused_forward():
+@pytest.mark.parametrize("where", ["mask", "store"])
+def test_linear_layers_are_ahead_of_a_refused_forward(where, monkeypatch):
     config = Lfm2Config(
         **TINY, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
     )
@@ -297,14 +300,58 @@ def test_linear_layers_are_ahead_of_a_refused_forward():
     expected, _ = feed(model, ReferenceKiviCache(config), steps)
     cache = ReferenceKiviCache(config)
     _, mask = feed(model, cache, steps[:1])
-    custom = torch.zeros(1, 1, 1, 10)
-    with pytest.raises(NotImplementedError, match="attention_mask"):
-        model(steps[1]["input_ids"], attention_mask=custom, past_key_values=cache)
+    if where == "mask":
+        custom = torch.zeros(1, 1, 1, 10)
+        with pytest.raises(NotImplementedError, match="attention_mask"):
+            model(steps[1]["input_ids"], attention_mask=custom, past_key_values=cache)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(ReferenceCache, "decode", fail)
+            with pytest.raises(MemoryError):
+                feed(model, cache, steps[1:], mask)
     for call in (lambda: feed(model, cache, steps[1:], mask), lambda: cache.crop(-1)):
         with pytest.raises(RuntimeError, match=r"linear layers \[0\] .*`reset\(\)`"):
             call()
     cache.reset()
     assert torch.equal(feed(model, cache, steps)[0], expected)
+
+
+def fail(*args, **kwargs):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "kinds", list(itertools.permutations(["sliding_attention", "full_attention"]))
+)
+def test_sliding_layers_are_ahead_or_behind(kinds):
+    """A forward that stopped between the layers is noticed, whichever comes first."""
+    model = tiny_hybrid(kinds)
+    cache = ReferenceKiviCache(model.config)
+    _, mask = feed(model, cache, [turn(9)])
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        feed(model, cache, [turn(1)], mask)
+    hook.remove()
+    for call in (
+        lambda: feed(model, cache, [turn(1)], mask),
+        lambda: cache.crop(-1),
+        lambda: copy.deepcopy(cache),
+    ):
+        with pytest.raises(RuntimeError, match="stopped half-way"):
+            call()
+
+
+def test_the_wrong_attention_is_named_again():
+    config = Lfm2Config(
+        **{**TINY, "num_hidden_layers": 3},
+        layer_types=["conv", "full_attention", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+    )
+    model, cache = prepare(Lfm2ForCausalLM(config)), ReferenceKiviCache(config)
+    model.set_attn_implementation("sdpa")
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="set_attn_implementation"):
+            feed(model, cache, [turn(9)])
 
 
 CALLS = {

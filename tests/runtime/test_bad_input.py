@@ -113,7 +113,9 @@ def test_k_and_v_of_different_lengths(inputs):
 
 
 @pytest.mark.parametrize(
-    "scale", ["1", [1.0], torch.ones(2), True, math.nan, -math.inf, 1e39], ids=str
+    "scale",
+    ["1", b"1", [1.0], torch.ones(2), torch.tensor(True), True, math.nan, -math.inf, 1e39],
+    ids=str,
 )
 def test_scale(inputs, scale):
     cache, words = filled(inputs), ["`scale`", "finite number of float32", repr(scale)]

@@ -203,6 +203,6 @@ def test_deepcopy_copies_and_pickle_says_what_to_use():
     with pytest.raises(TypeError, match=r"cache\.save"):
         pickle.dumps(cache)
     made = module(FEW[0])
-    assert copy.deepcopy(made) is made
+    assert copy.deepcopy(made) is made and copy.copy(made).cfg == made.cfg
     with pytest.raises(TypeError, match=r"module\.save"):
         pickle.dumps(made)

@@ -42,6 +42,29 @@ def test_decode_and_extend(compute):
         assert_same_contents(caches[0], row, caches[1], row)
 
 
+@pytest.mark.parametrize(("size", "share"), [(1, 0.1), (10, 0.25), (100, 0.25)])
+def test_int8_beside_what_quantization_brings(size, share):
+    """As the README says, also where two channels of keys are so many times as large."""
+    cfg = KiviConfig(64, 8, 2, dtype="float32", compute="int8")
+    found = []
+    for seed in range(4):
+        inputs = draw(cfg, 1200, seed=seed, steps=1)
+        (q,), (k_new,), (v_new,), k, v = inputs.q, inputs.k_new, inputs.v_new, inputs.k, inputs.v
+        for x in (k, k_new):
+            x[..., [seed, 40 + seed]] *= size
+        caches = module(cfg).new_cache(), ReferenceCache(cfg, 1)
+        for cache in caches:
+            cache.prefill(k, v)
+        out, rounded = (cache.decode(q, k_new, v_new).double() for cache in caches)
+        k, v = (
+            torch.cat([old, new[:, :, None]], 2).double().repeat_interleave(cfg.M, 1)
+            for old, new in ((k, k_new), (v, v_new))
+        )
+        exact = torch.nn.functional.scaled_dot_product_attention(q.double()[:, :, None], k, v)
+        found.append(((out - rounded).norm() / (rounded - exact[:, :, 0]).norm()).item())
+    assert sum(found) / len(found) <= share
+
+
 def test_auto_takes_the_mode_that_the_processor_serves_best():
     """Integers where the processor multiplies bytes, close to what "float" would give beside."""
     cfg = replace(FLOAT, dtype="float16", compute="auto")
