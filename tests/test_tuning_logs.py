@@ -77,22 +77,20 @@ def test_committed_records():
     assert problems(LOGS, check_schedules=False) == []
 
 
-def paths():
+def files():
     """Every file of records; the fast tests schedule the most records of a target and mode."""
-    files = [database_files.read_records(path) for path in sorted(LOGS.glob("*/database_*.json"))]
+    found = [database_files.read_records(path) for path in sorted(LOGS.glob("*/database_*.json"))]
     largest = {}
-    for each in files:
+    for each in found:
         mode = each.path.parent, each.key.compute
-        largest[mode] = max(largest.get(mode, each), each, key=lambda found: len(found.records))
-    for each in files:
-        marks = [] if each in largest.values() else [pytest.mark.slow]
-        name = f"{each.path.parent.name}-{each.path.stem}"
-        yield pytest.param(each.path, id=name, marks=marks)
+        largest[mode] = max(largest.get(mode, each), each, key=lambda file: len(file.records))
+    for each in found:
+        marks = [] if each is largest[each.path.parent, each.key.compute] else [pytest.mark.slow]
+        yield pytest.param(each, id=str(each.path.with_suffix("")), marks=marks)
 
 
-@pytest.mark.parametrize("path", paths())
-def test_committed_schedules(path):
-    found = database_files.read_records(path)
+@pytest.mark.parametrize("found", list(files()))
+def test_committed_schedules(found):
     assert [why for each in found.records.values() if (why := stale(found, each))] == []
 
 
