@@ -96,6 +96,7 @@ class KiviCache(Steps):
         if not self._kivi:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise ValueError(f"`config` must have a full-attention layer, got only {kinds}")
+        self._beside = [i for i in range(len(self.layers)) if i not in self._kivi]
         self.pending: int | None = None
         self._step: Step | None = None
         self._ahead: list[int] = []  # layers that kept the tokens of a forward which was refused
@@ -124,7 +125,7 @@ class KiviCache(Steps):
 
     def report(self) -> dict[str, Any]:
         """What was applied: options, layers by kind, tokens, bytes, and where kernels came from."""
-        others = [type(x).__name__ for x in self.layers if not isinstance(x, KiviLayer)]
+        others = [type(x).__name__ for x in self._others.values()]
         return {
             **self._options,
             "window": self.window,

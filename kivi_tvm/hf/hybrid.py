@@ -48,7 +48,7 @@ def layers_alike(config: Any, layers: list[int], index: int) -> list[int]:
     return [i for i in layers if shape(i) == shape(index)]
 
 
-def check_in_step(layers: list[Any], index: int, start: int, tokens: int) -> None:
+def check_in_step(layers: dict[int, Any], index: int, start: int, tokens: int) -> None:
     """Refuse to go on if a sliding layer is ahead or behind: an earlier forward stopped half-way.
 
     Raises
@@ -56,7 +56,7 @@ def check_in_step(layers: list[Any], index: int, start: int, tokens: int) -> Non
     RuntimeError
         One of `layers` has seen other than `start` columns, and `tokens` more before layer `index`.
     """
-    for i, layer in enumerate(layers):
+    for i, layer in layers.items():
         columns = start + tokens * (i < index)
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() != columns:
             raise RuntimeError(
@@ -65,9 +65,9 @@ def check_in_step(layers: list[Any], index: int, start: int, tokens: int) -> Non
             )
 
 
-def linear_layers(layers: list[Any]) -> list[int]:
+def linear_layers(layers: dict[int, Any]) -> list[int]:
     """Those of `layers` with a state that has every token, and cannot tell how many those are."""
-    return [i for i, x in enumerate(layers) if isinstance(x, LinearAttentionCacheLayerMixin)]
+    return [i for i, x in layers.items() if isinstance(x, LinearAttentionCacheLayerMixin)]
 
 
 def check_croppable(layers: dict[int, Any], count: int) -> None:

@@ -34,6 +34,7 @@ class RowOperations(Cache):
     rollback: int
     max_tokens: int | None
     _kivi: list[int]
+    _beside: list[int]
     _stores: list[Store]
     _step: Step | None
     _ahead: list[int]
@@ -215,11 +216,12 @@ class RowOperations(Cache):
 
     @property
     def _others(self) -> dict[int, Any]:
-        return {i: x for i, x in enumerate(self.layers) if not isinstance(x, KiviLayer)}
+        """Layers of transformers' own; most models have none, and so nothing to look through."""
+        return {i: self.layers[i] for i in self._beside}
 
     def _check_between_forwards(self, call: str) -> None:
         self.check_sound()
-        check_in_step(self.layers, 0, self._columns, 0)
+        check_in_step(self._others, 0, self._columns, 0)
         if self._step is not None:
             raise RuntimeError(
                 f"`{call}` must come between forwards, but one stopped before layers "

@@ -29,7 +29,7 @@ class Steps(RowOperations):
         After a KIVI layer has attended, the step that is not over says that one stopped half-way.
         """
         if self._none_attended:
-            self._ahead = linear_layers(self.layers[:index])
+            self._ahead = [i for i in linear_layers(self._others) if i < index]
 
     @property
     def _none_attended(self) -> bool:
@@ -40,7 +40,7 @@ class Steps(RowOperations):
         """The forward that layer `index` is in, checked; nothing is changed."""
         step, tokens = self._step, key.shape[2]
         if self._none_attended:
-            check_in_step(self.layers, index, start, tokens)
+            check_in_step(self._others, index, start, tokens)
         if step is None:
             padding, rewind = self._check_mask(mask, key.shape[0], start, tokens)
             return Step(start, tokens, padding, mask, set(self._kivi), rewind)

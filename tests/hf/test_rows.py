@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from hf.tiny import TINY, prepare, tiny_hybrid, tiny_llama
+from hf.tiny import tiny_hybrid, tiny_linear, tiny_llama
 from hf.turns import after, feed, new_cache, ragged, turn
-from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
+from transformers import DynamicCache
 
 from kivi_tvm.hf.reference_cache import ReferenceKiviCache
 from kivi_tvm.hf.rows import CANDIDATES
@@ -269,11 +269,8 @@ def test_reset_goes_on_recording():
 
 
 def test_linear_layers():
-    config = Lfm2Config(
-        **TINY, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
-    )
-    model = prepare(Lfm2ForCausalLM(config))
-    cache = ReferenceKiviCache(config)
+    model = tiny_linear()
+    cache = ReferenceKiviCache(model.config)
     cache.crop(0)
     feed(model, cache, [turn(9)])
     with pytest.raises(RuntimeError, match=r"layer 0 \(LinearAttentionLayer\) cannot take back 1"):
@@ -282,7 +279,7 @@ def test_linear_layers():
         cache.batch_repeat_interleave(2)
     cache.reset()
     logits = []
-    for each in (DynamicCache(config=config), cache):
+    for each in (DynamicCache(config=model.config), cache):
         each.activate_past_recording()
         _, mask = feed(model, each, [turn(9), turn(4, seed=1)])
         each.crop(-3)
@@ -292,13 +289,10 @@ def test_linear_layers():
 
 @pytest.mark.parametrize("where", ["mask", "store"])
 def test_linear_layers_are_ahead_of_a_refused_forward(where, monkeypatch):
-    config = Lfm2Config(
-        **TINY, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
-    )
-    model = prepare(Lfm2ForCausalLM(config))
+    model = tiny_linear()
     steps = [turn(9), turn(1, seed=1)]
-    expected, _ = feed(model, ReferenceKiviCache(config), steps)
-    cache = ReferenceKiviCache(config)
+    expected, _ = feed(model, ReferenceKiviCache(model.config), steps)
+    cache = ReferenceKiviCache(model.config)
     _, mask = feed(model, cache, steps[:1])
     if where == "mask":
         custom = torch.zeros(1, 1, 1, 10)
@@ -342,12 +336,8 @@ def test_sliding_layers_are_ahead_or_behind(kinds):
 
 
 def test_the_wrong_attention_is_named_again():
-    config = Lfm2Config(
-        **{**TINY, "num_hidden_layers": 3},
-        layer_types=["conv", "full_attention", "full_attention"],
-        block_auto_adjust_ff_dim=False,
-    )
-    model, cache = prepare(Lfm2ForCausalLM(config)), ReferenceKiviCache(config)
+    model = tiny_linear(["conv", "full_attention", "full_attention"])
+    cache = ReferenceKiviCache(model.config)
     model.set_attn_implementation("sdpa")
     for _ in range(3):
         with pytest.raises(RuntimeError, match="set_attn_implementation"):

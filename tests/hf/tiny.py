@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -52,6 +54,13 @@ def tiny_hybrid(kinds=("sliding_attention", "full_attention")) -> Qwen3ForCausal
     """A random Qwen3 of two layers, one of them with a sliding window."""
     options = {"layer_types": list(kinds), "sliding_window": 16, "use_sliding_window": True}
     return prepare(Qwen3ForCausalLM(Qwen3Config(**TINY, **options)))
+
+
+def tiny_linear(kinds=("conv", "full_attention")) -> Lfm2ForCausalLM:
+    """A random LFM2, by default of two layers, one of them a short convolution."""
+    options = {"layer_types": list(kinds), "num_hidden_layers": len(kinds)}
+    config = Lfm2Config(**{**TINY, **options}, block_auto_adjust_ff_dim=False)
+    return prepare(Lfm2ForCausalLM(config))
 
 
 def tiny_mistral() -> MistralForCausalLM:
