@@ -30,7 +30,12 @@ PAIRED_HEAD = 96
 
 
 def offers(key: KernelKey, hardware: Hardware) -> Offers:
-    """So many warps that as many as possible are on a multiprocessor; of equal counts the most."""
+    """So many warps that as many as possible are on a multiprocessor; of equal counts the most.
+
+    With one or two instead of four an H100 took 0.86 to 1.17 of the time for 8 sequences of 32k
+    tokens (2 bits with heads of 64, and 4 bits), but 0.96 to 2.47 of it for one of 4k, whose few
+    work-groups leave most of the GPU idle.
+    """
     fits = [n for n in WARPS if shared_bytes(key, n) <= hardware.dynamic_bytes]
     wide = [n for n in fits if n > 1] or fits  # one warp alone has too much to do besides
     return {"warps": (fits, max(wide, key=lambda n: (n * resident_groups(key, n, hardware), n)))}
