@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -35,8 +36,8 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """Error as a part of what quantization does anyway."""
-        return self.error / self.quantization_error
+        """Error as a part of what quantization does anyway; NaN where nothing is quantized."""
+        return self.error / self.quantization_error if self.quantization_error else math.nan
 
     def to_dict(self) -> dict[str, object]:
         fields = asdict(self)

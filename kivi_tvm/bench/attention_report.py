@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -142,7 +143,8 @@ def print_accuracy(found: Sequence[Accuracy]) -> None:
     rows: dict[str, dict[str, str]] = {}
     for each in found:
         name = each.compute + (" (auto)" if each.auto else "")
-        cell = f"{each.error:.1e} ({100 * each.share:.2g}%)"
+        share = "-" if isnan(each.share) else f"{100 * each.share:.2g}%"
+        cell = f"{each.error:.1e} ({share})"
         rows.setdefault(name, {})[each.workload.data] = cell
     rows["quantization"] = {e.workload.data: f"{e.quantization_error:.1e}" for e in found}
     for name, cells in rows.items():

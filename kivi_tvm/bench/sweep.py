@@ -66,6 +66,8 @@ def _workload(base: Workload, point: dict[str, int], ragged: bool) -> Workload:
     M, B, T = point["queries_per_kv"], point["batch_size"], point["tokens"]
     if M < 1 or base.num_heads % M:
         raise UserError(f"`queries_per_kv` must divide num_heads={base.num_heads}, got {M}")
+    if T < 1:
+        raise UserError(f"`tokens` must be at least 1, got {T}")
     try:
         made = replace(
             base,

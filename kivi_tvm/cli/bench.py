@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivi_tvm.cli import COMMANDS, bench_attention, bench_generate
+from kivi_tvm.cli.files import check_file
 from kivi_tvm.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def _overhead(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace) -> int:
     from kivi_tvm.bench import cache, record, report
 
+    check_file("--output", args.output)
+    check_file("--markdown", args.markdown)
     base = _changed(_workload(args), {"batch_size": args.batch_size})
     workloads = [_changed(base, {"tokens": tokens}) for tokens in args.tokens]
     records: list[CacheRecord] = []

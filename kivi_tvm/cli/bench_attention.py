@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kivi_tvm.cli.files import check_file
+
 if TYPE_CHECKING:
     from kivi_tvm.bench.accuracy import Accuracy
     from kivi_tvm.bench.record import PlainData, Record
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace, base: Workload) -> bool:
     from kivi_tvm.bench import attention_plot, ours, peers, record, sweep
     from kivi_tvm.pictures import check_plot
 
+    check_file("--output", args.output)
     if args.plot:
         check_plot(args.plot, "bench")
     axes = sweep.Axes(**{name: getattr(args, name) for name in sweep.Axes.__slots__})

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kivi_tvm.cli.files import check_file
 from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES
 from kivi_tvm.errors import UserError
 from kivi_tvm.pictures import check_plot
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     # Before transformers is imported: nothing is read from the network.
     os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     _check(args)
+    check_file("--output", args.output)
+    check_file("--markdown", args.markdown)
     generate = _import()
     options = _options(args)
     if args.plot:

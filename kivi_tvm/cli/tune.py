@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivi_tvm.cli import COMMANDS, INTERRUPTED_STATUS
+from kivi_tvm.cli.files import check_directory
 from kivi_tvm.cli.geometry import add_geometry_options, workloads
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import available_processors, find_cxx
@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace, root: Path) -> float | None:
         from kivi_tvm.pictures import check_plot
 
         check_plot(args.plot, "tune")
-    _check_writable(root)
+    check_directory("--log-dir", root)
     return budget
 
 
@@ -136,17 +136,6 @@ def _seconds(text: str | None, found: list[str]) -> float | None:
     if seconds <= 0:
         found.append(f"`--time-budget` must be a time such as 90s, 10m or 1h, got {text!r}")
     return seconds
-
-
-def _check_writable(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"`--log-dir` must be a directory that can be written, got {root} ({error.strerror})"
-        ) from error
 
 
 def _tune(args: argparse.Namespace, root: Path, found: list[Workload], budget: float | None) -> int:

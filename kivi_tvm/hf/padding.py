@@ -78,6 +78,9 @@ def step_padding(
     NotImplementedError
         A stored column became visible, or hidden in front of one that is visible, or the mask is
         not "causal and padding": later steps could not continue it.
+    ValueError
+        Stored columns became hidden, and all new ones are: what transformers makes of a mask that
+        has no column for them.
     """
     if mask is None:
         if history is not None:
@@ -88,6 +91,12 @@ def step_padding(
     if tokens > 1:
         _check_causal(mask, row, start)
     visible = row[:, start:]
+    if rewind is not None and not bool(visible.any()):
+        raise ValueError(
+            f"`attention_mask` must have a column for each of {start} stored and {tokens} new "
+            f"tokens, and show a new one, got one that hides them and the last {rewind.lengths} "
+            "stored tokens of the rows"
+        )
     if bool(visible.all()):
         return None, rewind
     return Padding(visible, visible.sum(1).tolist()), rewind

@@ -60,16 +60,31 @@ def check_tensor(
 
 
 def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `check_tensor` would surely pass; the quick test of the hot path."""
+    """Whether `check_tensor` and `check_span` would surely pass; the quick test of the hot path."""
     return (
         isinstance(x, Tensor)
         and x.shape == shape
         and x.dtype is dtype
         and x.device == device
-        and (x.is_contiguous() or x.stride(-1) == 1)
+        and (x.is_contiguous() or (x.stride(-1) == 1 and span(x) < INDEX_LIMIT))
         and not x.requires_grad
         and not x.is_neg()
     )
+
+
+def check_span(name: str, x: Tensor) -> None:
+    """Raise if a kernel cannot count the elements from the first to the last of `x`.
+
+    Raises
+    ------
+    ValueError
+        There are 2^31 or more.
+    """
+    if span(x) >= INDEX_LIMIT:
+        raise ValueError(
+            f"`{name}` must span less than 2^31 elements, got shape {list(x.shape)} with strides "
+            f"{x.stride()}: pass a contiguous copy, or less at once"
+        )
 
 
 def in_lines(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kivi_tvm.runtime.checks import (
     INDEX_LIMIT,
     check_no_overlap,
     check_rows,
+    check_span,
     check_tensor,
     finite_scale,
     fits,
@@ -150,10 +151,8 @@ class CacheLayer:
         B = B if chosen is None else len(chosen)
         check_tensor("k", k, (B, H_kv, None, D), cache.dtype, cache.device)
         check_tensor("v", v, (B, H_kv, k.shape[2], D), cache.dtype, cache.device)
-        if max(span(k[:1]), span(v[:1])) >= INDEX_LIMIT:
-            raise ValueError(
-                f"one row of `k` or `v` must span less than 2^31 elements, got {k.shape}"
-            )
+        check_span("k", k[:1])
+        check_span("v", v[:1])
         added = cache.new_tokens(k.shape[2], lengths, chosen)
         cache.check_can_prefill(added)
         began = cache.enter(self.index, k.shape[2], added)
@@ -356,8 +355,8 @@ class CacheLayer:
         n = q.shape[2]
         check_tensor("k", k, (B, H_kv, n, D), cache.dtype, cache.device)
         check_tensor("v", v, (B, H_kv, n, D), cache.dtype, cache.device)
-        if max(map(span, (q, k, v))) >= INDEX_LIMIT:
-            raise ValueError(f"`q`, `k` and `v` must span less than 2^31 elements, got {q.shape}")
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_span(name, x)
         scale = D**-0.5 if scale is None else finite_scale(scale)
         out = torch.empty(B, H, n, D, dtype=cache.dtype, device=cache.device)
         began, saved = cache.enter(self.index, n, cache.new_tokens(n, lengths)), NOTHING
@@ -408,14 +407,14 @@ class CacheLayer:
     def _check_decode(self, q: Tensor, k_new: Tensor, v_new: Tensor, out: Tensor | None) -> None:
         dtype, device = self.cache.dtype, self.cache.device
         query, token = self._query_shape, self._token_shape
-        if not fits(q, query, dtype, device):
-            check_tensor("q", q, query, dtype, device)
-        if not fits(k_new, token, dtype, device):
-            check_tensor("k_new", k_new, token, dtype, device)
-        if not fits(v_new, token, dtype, device):
-            check_tensor("v_new", v_new, token, dtype, device)
+        inputs = ("q", q, query), ("k_new", k_new, token), ("v_new", v_new, token)
+        for name, x, shape in inputs:
+            if not fits(x, shape, dtype, device):
+                check_tensor(name, x, shape, dtype, device)
+                check_span(name, x)
         if out is not None and not (fits(out, query, dtype, device) and out.is_contiguous()):
             check_tensor("out", out, query, dtype, device)
+            check_span("out", out)
             check_no_overlap("out", out)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:

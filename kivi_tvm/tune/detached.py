@@ -25,7 +25,7 @@ from kivi_tvm.tune.space import Size
 from kivi_tvm.tuning_record import checksum, json_text
 from kivi_tvm.workloads import Workload
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONTENT = "candidates.json"
 Json = dict[str, Any]
 
@@ -107,8 +107,8 @@ class Folder:
         names = ("facts", "seed", "trials", "rounds", "device", "commit", "files", "complete")
         content: Json = {name: getattr(self, name) for name in names}
         content["format_version"] = FORMAT_VERSION
-        content["tasks"] = {
-            each.task.id: {
+        content["tasks"] = [
+            {
                 "function": each.task.function,
                 "workload": asdict(each.task.workload),
                 "case": each.case,
@@ -118,7 +118,7 @@ class Folder:
                 "unschedulable": each.unschedulable,
             }
             for each in self.tasks
-        }
+        ]
         content["candidates"] = [_plain(each, e) for each in self.tasks for e in each.candidates]
         content = json.loads(json.dumps(content))
         return {**content, "checksum": checksum(content)}
@@ -164,10 +164,11 @@ def read_folder(directory: Path) -> Folder:
             raise UserError(f"{path} is damaged: its checksum does not hold")
         return _parse(content)
     except OSError as error:
-        reason = error.strerror
+        raise UserError(
+            f"{directory} must be a folder of `tune --emit`, got no {CONTENT} ({error.strerror})"
+        ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise UserError(f"{directory} must be a folder of `tune --emit`, got no {CONTENT} ({reason})")
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _plain(task: EmittedTask, each: Emitted) -> Json:
@@ -187,10 +188,7 @@ def _plain(task: EmittedTask, each: Emitted) -> Json:
 
 def _parse(content: Json) -> Folder:
     names = ("facts", "seed", "trials", "rounds", "device", "commit", "files", "complete")
-    tasks = tuple(
-        _parse_task(fields, (each for each in content["candidates"] if each["task"] == name))
-        for name, fields in content["tasks"].items()
-    )
+    tasks = tuple(_parse_task(fields, content["candidates"]) for fields in content["tasks"])
     return Folder(**{name: content[name] for name in names}, tasks=tasks)
 
 
@@ -208,7 +206,7 @@ def _parse_task(fields: Json, candidates: Iterable[Json]) -> EmittedTask:
         Size(**fields["size"]),
         fields["exhausted"],
         fields["unschedulable"],
-        tuple(_parse_candidate(task, each) for each in candidates),
+        tuple(_parse_candidate(task, each) for each in candidates if each["task"] == task.id),
     )
 
 

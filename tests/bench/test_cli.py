@@ -53,6 +53,13 @@ def test_attention_prints_ratios_errors_and_a_picture(tmp_path, capsys):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_attention_where_nothing_is_packed_yet(capsys):
+    options = ["--tokens", "100", "--compute", "float", "--state", "warm", "--peers"]
+    assert main(["bench", "attention", *SMALL, *options]) == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.split()[:1] == ["float"]]
+    assert line.count("(-)") == 4  # shares of an error that there is not
+
+
 def test_overhead_names_its_kernels():
     done = bench("overhead", *SMALL, "--json")
     result = json.loads(done.stdout)
@@ -70,7 +77,7 @@ def test_overhead_names_its_kernels():
         (["--model", "gpt-9"], ("`--model` must be one of", "'gpt-9'")),
         (["--bits", "3"], ("`key_bits` must be one of [2, 4, 8]", "3")),
         (["--data", "odd"], ("`data` must be one of", "'odd'")),
-        (["--tokens", "-1"], ("`tokens` must not be negative", "-1")),
+        (["--tokens", "0"], ("`tokens` must be at least 1", "0")),
         (["--peers", "flash"], ("`peers` must be among", "'flash'")),
         (["--compute", "int7"], ("`compute` must be among", "'int7'")),
         (["--compute", "int8", "--bits", "8"], ("at most 4 bits for 'int8'", "got 8")),
@@ -78,6 +85,8 @@ def test_overhead_names_its_kernels():
         (["--head-dim", "100"], ("`head_dim` must be one of", "100")),
         (["--ragged"], ("`batch_size` must be at least 2 for ragged rows", "1")),
         (["--plot", "x.odd"], ("`--plot` must end in one of", "x.odd")),
+        (["--output", "no/x.jsonl"], ("`--output` must be in a folder that exists", "no/x.jsonl")),
+        (["--output", "."], ("`--output` must be a file that can be written", "'.'")),
         (["--rounds", "0"], ("`--rounds` must be at least 1", "0")),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
@@ -89,3 +98,10 @@ def test_user_errors_are_one_line(capsys, arguments, words):
     assert len(printed.err.splitlines()) == 1
     for word in words:
         assert word in printed.err
+
+
+@pytest.mark.parametrize("flag", ["--output", "--markdown"])
+@pytest.mark.parametrize("benchmark", ["cache", "generate"])
+def test_files_without_a_folder_are_refused_at_once(capsys, benchmark, flag):
+    assert main(["bench", benchmark, flag, "no/page.md"]) == 2
+    assert f"`{flag}` must be in a folder that exists, got 'no/page.md'" in capsys.readouterr().err

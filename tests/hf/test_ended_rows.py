@@ -120,6 +120,19 @@ def test_other_changes_are_refused(llama, change, message):
     assert torch.equal(after(llama, cache, mask), after(llama, other, mask))
 
 
+@pytest.mark.parametrize("width", [1, 7])
+@pytest.mark.parametrize("rollback", [0, 64])
+def test_a_mask_without_the_new_tokens_takes_nothing_back(llama, rollback, width):
+    cache, other = (new_cache(llama, rollback=rollback) for _ in range(2))
+    for x in (cache, other):
+        _, mask = feed(llama, x, [turn(9, 9)])
+    token = turn(1, 1)["input_ids"]
+    with pytest.raises(ValueError, match="a column for each of 9 stored and 1 new tokens"):
+        llama(token, attention_mask=ones(width), past_key_values=cache)
+    assert cache.lengths == other.lengths == [9, 9]
+    assert torch.equal(after(llama, cache, mask), after(llama, other, mask))
+
+
 def test_room_is_checked_before_rows_are_taken_back(llama):
     cache = new_cache(llama, max_tokens=11)
     _, mask = feed(llama, cache, [turn(9, 6)])

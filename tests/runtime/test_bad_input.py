@@ -9,6 +9,8 @@ from caches import assert_same_outputs, assert_unchanged, feed, new_cache, snaps
 from configurations import FEW
 from inputs import draw
 
+from kivi_tvm.runtime.checks import INDEX_LIMIT
+
 CFG = FEW[2]  # float32, 16 query heads on 2
 B, D, H, H_KV, T = 2, CFG.D, CFG.H, CFG.H_kv, 40
 Q, KV = (B, H, D), (B, H_KV, D)
@@ -41,6 +43,14 @@ def transposed(x):
     return torch.zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
 
 
+def spread(x):
+    """The same shape with heads so far apart that an int32 cannot index all; no memory is used."""
+    B, H = x.shape[:2]
+    size, apart = x[0, 0].numel(), -(-INDEX_LIMIT // (H - 1))
+    whole = np.zeros((H - 1) * apart + B * size, "float32")  # torch would fill it
+    return torch.from_numpy(whole).as_strided(x.shape, (size, apart, *x.contiguous().stride()[2:]))
+
+
 BAD_TENSORS = {
     "a list": (lambda x: x.tolist(), TypeError, ["must be a torch tensor", "list"]),
     "dtype": (lambda x: x.half(), TypeError, ["torch.float32", "torch.float16"]),
@@ -50,6 +60,7 @@ BAD_TENSORS = {
     "heads": (lambda x: x[:, 1:], ValueError, ["must have shape"]),
     "head_dim": (lambda x: x[..., 1:], ValueError, ["must have shape", str(D), str(D - 1)]),
     "stride": (transposed, ValueError, ["inner stride 1", "strides"]),
+    "span": (spread, ValueError, ["less than 2^31 elements", "contiguous"]),
     "negated": (torch._neg_view, ValueError, ["negated view", "resolve_neg"]),
     "gradient": (lambda x: x.clone().requires_grad_(), ValueError, ["gradients", "inference"]),
 }

@@ -156,6 +156,17 @@ def test_the_folder_has_what_it_names(emitted):
     }  # fmt: skip
 
 
+def test_tasks_and_their_candidates_keep_their_order(emitted, tmp_path):
+    found = read_folder(emitted)
+    (task,) = found.tasks
+    other = Task("append", TINY)
+    moved = [replace(e, candidate=replace(e.candidate, task=other)) for e in task.candidates]
+    both = replace(found, tasks=(task, replace(task, task=other, candidates=tuple(moved))))
+    both.write(tmp_path)
+    assert read_folder(tmp_path) == both
+    assert read_folder(tmp_path).to_dict() == json.loads((tmp_path / "candidates.json").read_text())
+
+
 def test_emitting_again_keeps_libraries_and_results_of_the_same_candidates(copy):
     seal(copy, *results(copy))
     before = {path: path.stat().st_mtime_ns for path in copy.glob("lib/*.so")}
@@ -255,7 +266,7 @@ def gone(folder):
         (drop_results, "run `python measure.py batch .`"),
         (foreign_results, "results of other candidates"),
         (other_code, "emitted with other sources"),
-        (foreign_content, "must be a folder of `tune --emit`"),
+        (foreign_content, "candidates.json is damaged: TypeError"),
         (gone, "must be a folder of `tune --emit`"),
     ],
 )
@@ -296,12 +307,12 @@ def test_attend_gets_half_and_records_come_before_chance(tmp_path, blocked):
     decisions = {name: next(each for each in choice.options if each != choice.default)}
     folder = write(
         tmp_path / "f",
-        ("attend", "combine"),
+        ("attend", "append"),
         8,
         lambda task: [decisions] if task.function == "attend" else [],
     )
-    attend, combine = folder.tasks
-    assert len(attend.candidates) + len(combine.candidates) == 8
+    attend, append = folder.tasks
+    assert len(attend.candidates) + len(append.candidates) == 8
     assert len(attend.candidates) >= 4
     assert [each.candidate.origin for each in attend.candidates[:2]] == ["default", "record"]
     assert run_batch(tmp_path / "f", blocked) == (0, "")
