@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 DEFAULT_TRIALS = 256
 NOTHING_WORKS = 1
 RUNNERS = ("local", "rpc")
+# What an action reads; the others of these it must not be given. Of `emit`: what it does not read.
+RECORDS = {"list": {"log_dir", "json"}, "prune": {"log_dir", "json"}}
+READS = {**RECORDS, "collect": {"log_dir", "json", "plot"}}
+NOT_EMITTED = ("plot", "time_budget", "threads", "cost_model", "tracker", "tracker_key", "runner")
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -45,7 +49,11 @@ def add_parser(subparsers: Any) -> None:
         help="of all functions together, at least half on attend; every function's default is one, "
         "and those of earlier runs count (default: %(default)s)",
     )
-    parser.add_argument("--time-budget", metavar="TIME", help="such as 90s, 10m or 1h")
+    parser.add_argument(
+        "--time-budget",
+        metavar="TIME",
+        help="such as 90s, 10m or 1h; what is being measured then is finished",
+    )
     parser.add_argument("--cost-model", help="xgb or random (default: xgb if installed)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--threads", type=int, help="of the kernels (default: every processor)")
@@ -65,8 +73,10 @@ def add_parser(subparsers: Any) -> None:
     actions.add_argument(
         "--prune",
         action="store_true",
-        help="remove records whose schedule is another one now, damaged files, built candidates",
+        help="remove records whose schedule is another one now, files that were set aside as "
+        "damaged before, built candidates",
     )
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def _add_runner_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
     from kivi_tvm import database
 
     root = (args.log_dir or database.user_dir()).expanduser().absolute()
+    if unread := _unread(args):
+        raise UserError(unread)
     if args.list or args.prune:
+        if args.log_dir and not root.is_dir():
+            raise UserError(f"`--log-dir` must be a directory that exists, got {root}")
         from kivi_tvm.cli import tune_records
 
         action = tune_records.show if args.list else tune_records.prune
@@ -90,6 +104,17 @@ def run(args: argparse.Namespace) -> int:
     if args.collect:
         return _collect(args, root)
     return _tune(args, root, workloads(args), budget)
+
+
+def _unread(args: argparse.Namespace) -> str:
+    """What is wrong if there are options that the action does not read."""
+    action = next((name for name in (*READS, "emit") if getattr(args, name)), None)
+    if action is None:
+        return ""
+    given = {name for name, x in vars(args).items() if x != args.default_of(name)}
+    given -= {action, "command", "default_of"}
+    unread = given - READS[action] if action in READS else given.intersection(NOT_EMITTED)
+    return "; ".join(f"`--{action}` takes no --{x.replace('_', '-')}" for x in sorted(unread))
 
 
 def _check(args: argparse.Namespace, root: Path) -> float | None:
@@ -114,10 +139,6 @@ def _check(args: argparse.Namespace, root: Path) -> float | None:
             address(args.tracker)
         except UserError as error:
             found.append(str(error))
-    if args.emit:
-        given = [args.plot, args.time_budget, args.threads, args.cost_model, args.tracker]
-        names = ("plot", "time-budget", "threads", "cost-model", "tracker")
-        found += [f"`--emit` takes no --{n}" for n, x in zip(names, given) if x is not None]
     if found:
         raise UserError("; ".join(found))
     if args.plot:

@@ -333,7 +333,7 @@ class CacheLayer:
         lengths : sequence of int or Tensor, optional
             `[B]`, new tokens of each row, in `0 .. n`; default `n` for active rows, or for all if
             none is active. An inactive row that gets tokens becomes active. Outputs of the queries
-            beyond are finite but mean nothing.
+            beyond mean nothing.
         scale : float, optional
             Multiplies the scores; default `D ** -0.5`.
 

@@ -184,8 +184,9 @@ class Module:
         Raises
         ------
         CacheFileError
-            The file is of another kind, damaged, newer, made for another configuration, or has a
-            row above `max_tokens`; the message lists every reason.
+            The file is of another kind, incomplete, newer, made for another configuration, or has
+            a row above `max_tokens`; the message lists every reason. Like all safetensors files it
+            has no checksum: changed bits of a tensor are not noticed.
         ValueError
             Another argument breaks its rule.
         OSError

@@ -50,10 +50,37 @@ def deal(trials: int, needs: Sequence[Need]) -> list[int]:
 
 
 def _deal_among(who: Sequence[int], trials: int, needs: Sequence[Need], shares: list[int]) -> None:
-    """Give trials one by one to whoever has least of them for its weight."""
+    """Give trials one by one to whoever has least of them for its weight; most of them at once."""
+    if trials <= 0:
+        return
+    trials -= _deal_most(who, trials, needs, shares)
     for _ in range(trials):
         open_ = [i for i in who if shares[i] < needs[i].room]
         if not open_:
             return
         least = min(open_, key=lambda i: ((shares[i] + 1) / needs[i].weight, i))
         shares[least] += 1
+
+
+def _deal_most(who: Sequence[int], trials: int, needs: Sequence[Need], shares: list[int]) -> int:
+    """Give everyone what they would have before the last few trials of so many; how many that is.
+
+    Dealt one by one, shares grow like their weights, up to the room there is: by bisection the
+    most for a unit of weight that `trials` suffice for.
+    """
+
+    def filled(each: float, less: int = 0) -> list[int]:
+        full = (int(each * needs[i].weight) - less for i in who)
+        return [max(shares[i], min(needs[i].room, n)) for i, n in zip(who, full)]
+
+    before = sum(shares[i] for i in who)
+    low = 0.0
+    high = max((2 * needs[i].room / needs[i].weight for i in who if needs[i].room), default=0.0)
+    while low < (middle := (low + high) / 2) < high:
+        if sum(filled(middle)) - before <= trials:
+            low = middle
+        else:
+            high = middle
+    for i, n in zip(who, filled(low, 1)):  # one less: of what rounding may change
+        shares[i] = n
+    return sum(shares[i] for i in who) - before

@@ -48,6 +48,9 @@ def tune(folder, *arguments, **variables):
             ["`--tracker` must be HOST:PORT, got 'localhost:99999'"],
         ),
         (["--emit", "there", "--plot", "x.png"], ["`--emit` takes no --plot"]),
+        (["--list", "--bits", "4"], ["`--list` takes no --bits"]),
+        (["--prune", "--trials", "9", "--runner", "rpc"], ["no --runner", "no --trials"]),
+        (["--collect", "there", "--head-dim", "64"], ["`--collect` takes no --head-dim"]),
         (["--plot", "curves.doc"], ["`--plot` must end in one of"]),
         (["--plot", "absent/curves.png"], ["`--plot` must be in a folder that exists"]),
     ],
@@ -137,8 +140,11 @@ def test_nothing_to_list(capsys, tmp_path):
     assert main(["tune", "--log-dir", str(tmp_path), "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["records"]
     assert not [each for each in listed if each["place"] == str(tmp_path)]
-    assert main(["tune", "--log-dir", str(tmp_path / "absent"), "--prune"]) == 0
+    assert main(["tune", "--log-dir", str(tmp_path), "--prune"]) == 0
     assert "0 records" in capsys.readouterr().out
+    for action in ("--list", "--prune"):
+        assert main(["tune", "--log-dir", str(tmp_path / "absent"), action]) == 2
+        assert "`--log-dir` must be a directory that exists" in capsys.readouterr().err
 
 
 def test_tune_resume_list_and_prune(tmp_path, capfd):

@@ -1,6 +1,8 @@
 """How trials are dealt."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kivi_tvm.tune.plan import Need, deal
 
@@ -28,3 +30,23 @@ def test_what_one_leaves_goes_to_the_others():
     assert deal(100, [Need("attend", 3), Need("append", 10)]) == [3, 10]
     assert deal(10, [Need("append", 50), Need("combine", 50)]) == [5, 5]
     assert deal(10, []) == []
+
+
+def one_by_one(trials, weights, rooms):
+    shares = [0] * len(rooms)
+    for _ in range(min(trials, sum(rooms))):
+        open_ = [i for i, room in enumerate(rooms) if shares[i] < room]
+        shares[min(open_, key=lambda i: ((shares[i] + 1) / weights[i], i))] += 1
+    return shares
+
+
+@given(st.integers(0, 300), st.lists(st.integers(0, 2000), max_size=5))
+def test_most_are_dealt_at_once_as_if_one_by_one(trials, rooms):
+    needs = [Need("append", room) for room in rooms]
+    assert deal(trials, needs) == one_by_one(trials, [need.weight for need in needs], rooms)
+
+
+def test_any_number_of_trials_is_dealt_in_no_time():
+    needs = [Need("attend", 2 * 10**8), Need("append", 10**15), Need("combine", 7)]
+    shares = deal(10**12, needs)
+    assert sum(shares) == 10**12 and shares[0] == 2 * 10**8 and shares[2] == 7
