@@ -102,8 +102,8 @@ def load(
     Raises
     ------
     CacheFileError
-        The file is not one, is incomplete, newer than this package or made for another configuration,
-        or holds more than `max_tokens` of a row; nothing was built.
+        The file is not one, is incomplete, newer than this package, made for another
+        configuration, or holds more than `max_tokens` of a row; nothing was built.
     ValueError
         An argument breaks its rule.
     OSError
