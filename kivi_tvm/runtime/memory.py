@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,11 +121,10 @@ class LayerMemory:
     @outside_inference_mode
     def _empty(self, buffer: layout.Buffer) -> Tensor:
         """Uninitialized memory for a buffer; kernels never read what was not written."""
-        dtype = _HELD_AS.get(buffer.dtype) or getattr(torch, buffer.dtype)
-        found = torch.empty(buffer.shape, dtype=dtype, device=self._device)
-        if found.numel() >= INDEX_LIMIT:
+        if math.prod(buffer.shape) >= INDEX_LIMIT:
             raise ValueError(
-                f"a page buffer must have less than 2^31 elements, got {buffer.shape}; "
-                "use fewer sequences or several caches"
+                f"a buffer of a layer must have less than 2^31 elements, got {buffer.shape}; "
+                "use fewer or shorter sequences, or several caches"
             )
-        return found
+        dtype = _HELD_AS.get(buffer.dtype) or getattr(torch, buffer.dtype)
+        return torch.empty(buffer.shape, dtype=dtype, device=self._device)

@@ -169,6 +169,14 @@ def test_reserve_above_max_tokens():
     refused(cache, ValueError, words, lambda: cache.reserve(101))
 
 
+def test_reserve_more_than_a_kernel_can_index(inputs):
+    cache, good = filled(inputs), filled(inputs)
+    words = ["less than 2^31 elements", "shorter sequences"]
+    refused(cache, ValueError, words, lambda: cache.reserve(10**12))
+    found, expected = (feed(c, inputs, 2, first=1) for c in (cache, good))
+    assert_same_outputs(found, expected)
+
+
 @pytest.mark.parametrize("n", [-1, 1.0, True, None])
 def test_begin(n):
     cache = new_cache(CFG, B)
