@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kivi_tvm.errors import UserError
+from kivi_tvm.outputs import check_file
 
 
 def check_plot(path: Path, extra: str) -> None:
@@ -20,7 +21,7 @@ def check_plot(path: Path, extra: str) -> None:
     Raises
     ------
     UserError
-        matplotlib is not installed, does not know the kind of picture, or has nowhere to put it.
+        matplotlib is not installed, does not know the kind of picture, or it cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -29,8 +30,7 @@ def check_plot(path: Path, extra: str) -> None:
     kinds = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"`--plot` must end in one of {kinds}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise UserError(f"`--plot` must be in a folder that exists, got {str(path)!r}")
+    check_file("--plot", path)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -25,6 +25,7 @@ LAYERS = [
         "machine_code",
         "notices",
         "occupancy",
+        "outputs",
         "pictures",
         "target_names",
     },

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivi_tvm.cli import COMMANDS, bench_attention, bench_generate
-from kivi_tvm.cli.files import check_file
 from kivi_tvm.errors import UserError
+from kivi_tvm.outputs import check_file
 
 if TYPE_CHECKING:
     from kivi_tvm.bench.cache import CacheRecord

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kivi_tvm.cli.files import check_file
+from kivi_tvm.outputs import check_file
 
 if TYPE_CHECKING:
     from kivi_tvm.bench.accuracy import Accuracy

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kivi_tvm.cli.files import check_file
 from kivi_tvm.config import BITS, DTYPES, GROUP_SIZES
 from kivi_tvm.errors import UserError
+from kivi_tvm.outputs import check_file
 from kivi_tvm.pictures import check_plot
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kivi_tvm.cli import COMMANDS, INTERRUPTED_STATUS
-from kivi_tvm.cli.files import check_directory
 from kivi_tvm.cli.geometry import add_geometry_options, workloads
 from kivi_tvm.errors import UserError
 from kivi_tvm.host import available_processors, find_cxx
 from kivi_tvm.notices import announce
+from kivi_tvm.outputs import check_directory
 
 if TYPE_CHECKING:
     from tvm.target import Target

@@ -66,6 +66,9 @@ def step_padding(
 ) -> tuple[Padding | None, Rewind | None]:
     """Padding of `tokens` new columns on top of `start` stored ones, and what became hidden.
 
+    What became hidden waits for a step that shows a new token: before that it may be the padding
+    in front of the next turn, in chunks, or a mistake, for which nothing is given up.
+
     Parameters
     ----------
     mask : Tensor or None
@@ -79,8 +82,8 @@ def step_padding(
         A stored column became visible, or hidden in front of one that is visible, or the mask is
         not "causal and padding": later steps could not continue it.
     ValueError
-        Stored columns became hidden, and all new ones are: what transformers makes of a mask that
-        has no column for them.
+        Stored columns became hidden, and the only new one is: what transformers makes of a mask
+        that has no columns for them.
     """
     if mask is None:
         if history is not None:
@@ -92,11 +95,13 @@ def step_padding(
         _check_causal(mask, row, start)
     visible = row[:, start:]
     if rewind is not None and not bool(visible.any()):
-        raise ValueError(
-            f"`attention_mask` must have a column for each of {start} stored and {tokens} new "
-            f"tokens, and show a new one, got one that hides them and the last {rewind.lengths} "
-            "stored tokens of the rows"
-        )
+        if tokens == 1:
+            raise ValueError(
+                "`attention_mask` must show a new token if it hides stored ones, got one that "
+                f"hides the last {rewind.lengths} stored tokens of the rows and the new column "
+                f"{start}: has it a column for every stored and every new token?"
+            )
+        rewind = None
     if bool(visible.all()):
         return None, rewind
     return Padding(visible, visible.sum(1).tolist()), rewind

@@ -66,7 +66,11 @@ def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
         and x.shape == shape
         and x.dtype is dtype
         and x.device == device
-        and (x.is_contiguous() or (x.stride(-1) == 1 and span(x) < INDEX_LIMIT))
+        and (
+            x.numel() < INDEX_LIMIT
+            if x.is_contiguous()
+            else x.stride(-1) == 1 and span(x) < INDEX_LIMIT
+        )
         and not x.requires_grad
         and not x.is_neg()
     )
@@ -75,6 +79,8 @@ def fits(x: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 def check_span(name: str, x: Tensor) -> None:
     """Raise if a kernel cannot count the elements from the first to the last of `x`.
 
+    `name` as a sentence has it: an argument in backticks, or a row of one.
+
     Raises
     ------
     ValueError
@@ -82,7 +88,7 @@ def check_span(name: str, x: Tensor) -> None:
     """
     if span(x) >= INDEX_LIMIT:
         raise ValueError(
-            f"`{name}` must span less than 2^31 elements, got shape {list(x.shape)} with strides "
+            f"{name} must span less than 2^31 elements, got shape {list(x.shape)} with strides "
             f"{x.stride()}: pass a contiguous copy, or less at once"
         )
 

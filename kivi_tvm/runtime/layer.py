@@ -151,8 +151,8 @@ class CacheLayer:
         B = B if chosen is None else len(chosen)
         check_tensor("k", k, (B, H_kv, None, D), cache.dtype, cache.device)
         check_tensor("v", v, (B, H_kv, k.shape[2], D), cache.dtype, cache.device)
-        check_span("k", k[:1])
-        check_span("v", v[:1])
+        check_span("a row of `k`", k[:1])
+        check_span("a row of `v`", v[:1])
         added = cache.new_tokens(k.shape[2], lengths, chosen)
         cache.check_can_prefill(added)
         began = cache.enter(self.index, k.shape[2], added)
@@ -356,7 +356,7 @@ class CacheLayer:
         check_tensor("k", k, (B, H_kv, n, D), cache.dtype, cache.device)
         check_tensor("v", v, (B, H_kv, n, D), cache.dtype, cache.device)
         for name, x in (("q", q), ("k", k), ("v", v)):
-            check_span(name, x)
+            check_span(f"`{name}`", x)
         scale = D**-0.5 if scale is None else finite_scale(scale)
         out = torch.empty(B, H, n, D, dtype=cache.dtype, device=cache.device)
         began, saved = cache.enter(self.index, n, cache.new_tokens(n, lengths)), NOTHING
@@ -411,10 +411,10 @@ class CacheLayer:
         for name, x, shape in inputs:
             if not fits(x, shape, dtype, device):
                 check_tensor(name, x, shape, dtype, device)
-                check_span(name, x)
+                check_span(f"`{name}`", x)
         if out is not None and not (fits(out, query, dtype, device) and out.is_contiguous()):
             check_tensor("out", out, query, dtype, device)
-            check_span("out", out)
+            check_span("`out`", out)
             check_no_overlap("out", out)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:

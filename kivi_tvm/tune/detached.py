@@ -157,12 +157,14 @@ def read_folder(directory: Path) -> Folder:
         stated = content.pop("checksum")
         if content["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"{path} must have `format_version` {FORMAT_VERSION}, "
-                f"got {content['format_version']}; emit it again"
+                f"{path} must have `format_version` {FORMAT_VERSION}, got "
+                f"{content['format_version']}: another version wrote it, so emit to a new directory"
             )
         if stated != checksum(content):
             raise UserError(f"{path} is damaged: its checksum does not hold")
         return _parse(content)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(
             f"{directory} must be a folder of `tune --emit`, got no {CONTENT} ({error.strerror})"

@@ -85,6 +85,7 @@ def test_overhead_names_its_kernels():
         (["--head-dim", "100"], ("`head_dim` must be one of", "100")),
         (["--ragged"], ("`batch_size` must be at least 2 for ragged rows", "1")),
         (["--plot", "x.odd"], ("`--plot` must end in one of", "x.odd")),
+        (["--plot", "no/x.png"], ("`--plot` must be in a folder that exists", "no/x.png")),
         (["--output", "no/x.jsonl"], ("`--output` must be in a folder that exists", "no/x.jsonl")),
         (["--output", "."], ("`--output` must be a file that can be written", "'.'")),
         (["--rounds", "0"], ("`--rounds` must be at least 1", "0")),

@@ -127,10 +127,32 @@ def test_a_mask_without_the_new_tokens_takes_nothing_back(llama, rollback, width
     for x in (cache, other):
         _, mask = feed(llama, x, [turn(9, 9)])
     token = turn(1, 1)["input_ids"]
-    with pytest.raises(ValueError, match="a column for each of 9 stored and 1 new tokens"):
+    with pytest.raises(ValueError, match=rf"last \[{9 - width}, {9 - width}\] .* column 9: has it"):
         llama(token, attention_mask=ones(width), past_key_values=cache)
     assert cache.lengths == other.lengths == [9, 9]
+    llama(turn(4, 4)["input_ids"], attention_mask=ones(width), past_key_values=cache)
+    assert cache.lengths == other.lengths and cache.get_seq_length() == 13
+    cache.crop(-4)
     assert torch.equal(after(llama, cache, mask), after(llama, other, mask))
+
+
+@pytest.mark.parametrize("first", [(9, 6), (26, 1)], ids=str)
+def test_chunks_of_padding_come_before_the_next_turn(llama, first):
+    want, got = (new_cache(llama, rollback=8) for _ in range(2))
+    for x in (want, got):
+        _, mask = feed(llama, x, [turn(*first)])
+    mask = hide(mask, (2, 1))
+    whole = turn(16, 16, seed=1)
+    whole["attention_mask"][:, :11] = 0
+    whole["attention_mask"][1, 11:13] = 0
+    chunks = [{name: x[:, i : i + 4] for name, x in whole.items()} for i in range(0, 16, 4)]
+    expected, end = feed(llama, want, [whole], mask)
+    feed(llama, got, chunks[:2], mask)
+    assert got.lengths == [first[0], first[1]]
+    found, _ = feed(llama, got, chunks[2:], end[:, :-8])
+    torch.testing.assert_close(found, expected)  # one token of the first row, then 4 and 3
+    assert got.lengths == want.lengths
+    torch.testing.assert_close(after(llama, got, end), after(llama, want, end))
 
 
 def test_room_is_checked_before_rows_are_taken_back(llama):

@@ -236,6 +236,11 @@ def damage_results(folder):
     path.write_text(path.read_text().replace("5.0", "1.0"))
 
 
+def other_version(folder):
+    path = folder / "candidates.json"
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+
+
 def drop_results(folder):
     (folder / measure.RESULTS).unlink()
 
@@ -262,6 +267,7 @@ def gone(folder):
     ("damage", "said"),
     [
         (damage_content, "its checksum does not hold"),
+        (other_version, "must have `format_version` 2, got 1: another version wrote it"),
         (damage_results, "line 3 of results.jsonl is damaged"),
         (drop_results, "run `python measure.py batch .`"),
         (foreign_results, "results of other candidates"),
@@ -276,7 +282,7 @@ def test_bad_folders_are_one_line_and_exit_code_2(copy, tmp_path, capsys, damage
     logs = tmp_path / "logs"
     assert cli.main(["tune", "--collect", str(copy), "--log-dir", str(logs)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+    assert error.count("\n") == 1 and said in error and "UserError" not in error
     assert not database.entries(logs)
 
 

@@ -32,18 +32,20 @@ def test_what_one_leaves_goes_to_the_others():
     assert deal(10, []) == []
 
 
-def one_by_one(trials, weights, rooms):
-    shares = [0] * len(rooms)
-    for _ in range(min(trials, sum(rooms))):
-        open_ = [i for i, room in enumerate(rooms) if shares[i] < room]
-        shares[min(open_, key=lambda i: ((shares[i] + 1) / weights[i], i))] += 1
+def one_by_one(trials, needs):
+    shares = [need.least for need in needs]
+    for _ in range(trials - sum(shares)):
+        if open_ := [i for i, need in enumerate(needs) if shares[i] < need.room]:
+            shares[min(open_, key=lambda i: ((shares[i] + 1) / needs[i].weight, i))] += 1
     return shares
 
 
-@given(st.integers(0, 300), st.lists(st.integers(0, 2000), max_size=5))
-def test_most_are_dealt_at_once_as_if_one_by_one(trials, rooms):
-    needs = [Need("append", room) for room in rooms]
-    assert deal(trials, needs) == one_by_one(trials, [need.weight for need in needs], rooms)
+@given(
+    st.integers(0, 300), st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 3)), max_size=5)
+)
+def test_most_are_dealt_at_once_as_if_one_by_one(trials, found):
+    needs = [Need("append", room, least) for room, least in found]
+    assert deal(trials, needs) == one_by_one(trials, needs)
 
 
 def test_any_number_of_trials_is_dealt_in_no_time():
