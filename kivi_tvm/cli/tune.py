@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 DEFAULT_TRIALS = 256
 NOTHING_WORKS = 1
 RUNNERS = ("local", "rpc")
-# What an action reads; the others of these it must not be given. Of `emit`: what it does not read.
-RECORDS = {"list": {"log_dir", "json"}, "prune": {"log_dir", "json"}}
-READS = {**RECORDS, "collect": {"log_dir", "json", "plot"}}
+# The options that an action reads; and those that `--emit`, which reads most, does not.
+READS = {
+    "list": {"log_dir", "json"},
+    "prune": {"log_dir", "json"},
+    "collect": {"log_dir", "json", "plot"},
+}
 NOT_EMITTED = ("plot", "time_budget", "threads", "cost_model", "tracker", "tracker_key", "runner")
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
